@@ -1,0 +1,1 @@
+"""Reference agents: HACPO, sampling, training and the demo."""

@@ -1,0 +1,1 @@
+"""The exchange: types, client SDK, broker and command line."""

@@ -1,0 +1,1 @@
+"""Verifiers: the API an author reads, the worker, isolation and the built-ins."""
