@@ -15,8 +15,8 @@ RUN pip install --constraint constraints.txt '.[verifiers]'
 
 # An image of its own, so that the agents' gigabytes never enter the broker's.
 FROM build AS build-agent
-# PyTorch's index of CPU builds; pass --build-arg TORCH_INDEX= for the CUDA build of PyPI.
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Empty takes the CUDA build; give PyTorch's index of CPU builds for a far smaller image.
+ARG TORCH_INDEX=
 RUN pip install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} --constraint constraints.txt '.[agents]'
 
 FROM python:3.11-slim AS runtime
@@ -38,6 +38,10 @@ COPY --from=build /opt/hacrl /opt/hacrl
 VOLUME /var/lib/hacrl
 EXPOSE 7447
 # The broker answers the standard gRPC health service.
-HEALTHCHECK --interval=10s --timeout=5s --start-period=10s --retries=3 \
-    CMD ["hacrl", "health", "localhost:7447"]
+HEALTHCHECK --interval=10s --timeout=5s --start-period=10s --retries=3 CMD ["python", "-c", "\
+import grpc; \
+from grpc_health.v1 import health_pb2 as health, health_pb2_grpc as rpc; \
+stub = rpc.HealthStub(grpc.insecure_channel('localhost:7447')); \
+answer = stub.Check(health.HealthCheckRequest(), timeout=4); \
+raise SystemExit(answer.status != health.HealthCheckResponse.SERVING)"]
 ENTRYPOINT ["hacrl", "broker"]

@@ -64,7 +64,8 @@ $(READY): pyproject.toml constraints.txt
 	@if [[ -z "$(PYTHON)" ]]; then \
 		echo "no Python 3.11 or newer with the venv module was found; name one: make PYTHON=/path/to/python3" >&2; \
 		exit 1; fi
-	@[[ -x $(BIN)/python ]] || { echo "making $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+		echo "making $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing hacrl-exchange and what it needs into $(VENV) (the first time takes minutes; torch is large)"
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[agents,verifiers,dev]'
+	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[agents,verifiers,dev]'
 	@touch $@
