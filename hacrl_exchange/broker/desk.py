@@ -1,0 +1,292 @@
+"""The verification desk: hands groups to workers, takes verdicts back.
+
+It joins the volatile queue of the core to the pools, which alone make verdicts durable. It may forget
+everything at any time: groups without verdicts come back from the pools' states.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hacrl_exchange.broker.core.records import GroupAccepted, RecordVerdicts
+from hacrl_exchange.broker.core.verification import (
+    Failed,
+    GroupRef,
+    VerificationQueue,
+    WorkerInfo,
+    pending_groups,
+)
+from hacrl_exchange.broker.history import GroupAt
+from hacrl_exchange.broker.interceptors import LOCAL_PRINCIPAL, WORKER_PRINCIPAL
+from hacrl_exchange.broker.limits import Limits
+from hacrl_exchange.broker.runtime import PoolRuntime
+from hacrl_exchange.errors import BrokerStoppingError, ExchangeError, StepClosedError
+from hacrl_exchange.types import Unscored, UnscoredKind, VerdictReason
+
+if TYPE_CHECKING:
+    from hacrl_exchange.broker.broker import Broker
+
+_log = logging.getLogger(__name__)
+
+GENERATION = 1
+"""Every group's first verification."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeasedWork:
+    """A lease: its id and the groups in it, with the position their bodies are read by."""
+
+    lease_id: str
+    groups: tuple[tuple[GroupRef, GroupAt], ...]
+
+
+class VerificationDesk:
+    """Where workers get groups and bring verdicts. `start` begins to look after leases that run out."""
+
+    def __init__(self, *, limits: Limits, pools: Broker) -> None:
+        self._limits = limits
+        self._pools = pools
+        self._queue = VerificationQueue(lease_seconds=limits.lease_timeout_seconds)
+        self._at: dict[tuple[str, int], dict[tuple[int, int], GroupAt]] = {}
+        self._work = asyncio.Event()
+        self._poke = asyncio.Event()
+        self._stopping = False
+        self._keeper: asyncio.Task[None] | None = None
+
+    # --- the pools' side -----------------------------------------------------------------------
+
+    def add(self, runtime: PoolRuntime, position: int, group: GroupAccepted) -> None:
+        """Queues a group that has just become durable."""
+        slot = (group.prompt_index, group.roster_index)
+        step = runtime.state.open_steps.get(group.step)
+        if step is None:
+            return
+        self._at.setdefault((runtime.name, group.step), {})[slot] = GroupAt(position, group)
+        plan = runtime.state.spec.plan
+        self._queue.add(
+            GroupRef(
+                pool=runtime.name,
+                step=group.step,
+                prompt_index=group.prompt_index,
+                roster_index=group.roster_index,
+                generation=GENERATION,
+                verifier=plan.verifiers[0].verifier,
+                max_attempts=plan.max_attempts,
+            )
+        )
+        self._wake_workers()
+
+    def step_closed(self, runtime: PoolRuntime, step: int) -> None:
+        """Forgets the groups of a step that is final."""
+        self._queue.remove_step(runtime.name, step)
+        self._at.pop((runtime.name, step), None)
+
+    def reset_pool(self, runtime: PoolRuntime) -> None:
+        """Queues what a pool that was just folded needs verified. What is queued already stays."""
+        for ref in pending_groups(runtime.state):
+            self._queue.add(ref)
+        self._wake_workers()
+
+    def verifier_alive(self, runtime: PoolRuntime) -> bool:
+        """Some live worker offers the pool's verifier."""
+        verifier = runtime.state.spec.plan.verifiers[0].verifier
+        return self._queue.verifier_alive(verifier, now=time.monotonic())
+
+    # --- the workers' side ---------------------------------------------------------------------
+
+    def register(self, *, identity: str, verifiers: Sequence[str], principal: str) -> str:
+        """Introduces a worker; the id it carries from now on."""
+        worker_id = uuid.uuid4().hex
+        self._queue.register(
+            worker_id, identity=identity, verifiers=verifiers, principal=principal, now=time.monotonic()
+        )
+        self._poke.set()
+        _log.info("worker %s offers %s", identity, ", ".join(verifiers))
+        return worker_id
+
+    async def acquire(self, worker_id: str, *, max_groups: int, wait_seconds: float) -> LeasedWork | None:
+        """Waits for groups; None if none came.
+
+        Raises:
+            WorkerNotFoundError: register again.
+            BrokerStoppingError: the broker is going down.
+        """
+        until = time.monotonic() + wait_seconds
+        async with self._waiting(worker_id):
+            while True:
+                self._refuse_if_stopping()
+                event = self._work
+                lease = self._queue.acquire(
+                    worker_id,
+                    lease_id=uuid.uuid4().hex,
+                    max_groups=max_groups,
+                    now=time.monotonic(),
+                    excluded_pools=self._excluded_pools(worker_id),
+                )
+                if lease is not None:
+                    self._poke.set()
+                    groups = [(ref, at) for ref in lease.items if (at := await self._find(ref)) is not None]
+                    return LeasedWork(lease.lease_id, tuple(groups))
+                remaining = until - time.monotonic()
+                if remaining <= 0:
+                    return None
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(remaining):
+                        await event.wait()
+
+    def put_back(self, refs: Sequence[GroupRef]) -> None:
+        """Takes groups out of their lease, unworked, e.g. because they do not fit into one message."""
+        for ref in refs:
+            self._queue.finish(ref)
+            self._queue.add(ref)
+        if refs:
+            self._wake_workers()
+
+    def renew(self, worker_id: str, lease_id: str) -> None:
+        """Extends a lease.
+
+        Raises:
+            WorkerNotFoundError, LeaseExpiredError: as their names say.
+        """
+        self._queue.renew(worker_id, lease_id, now=time.monotonic())
+
+    def touch(self, worker_id: str) -> None:
+        """Notes a worker's call.
+
+        Raises:
+            WorkerNotFoundError: register again.
+        """
+        self._queue.touch(worker_id, now=time.monotonic())
+
+    def identity(self, worker_id: str) -> str:
+        """What a worker calls itself; its id if it is gone."""
+        return next((w.identity for w in self._queue.workers() if w.worker_id == worker_id), worker_id)
+
+    def finish(self, command: RecordVerdicts, *, pool: str) -> None:
+        """Forgets a group whose verdicts are recorded."""
+        plan = self._pools.pool(pool).runtime.state.spec.plan
+        self._queue.finish(
+            GroupRef(
+                pool=pool,
+                step=command.step,
+                prompt_index=command.prompt_index,
+                roster_index=command.roster_index,
+                generation=command.generation,
+                verifier=plan.verifiers[0].verifier,
+                max_attempts=plan.max_attempts,
+            )
+        )
+
+    def workers(self) -> tuple[WorkerInfo, ...]:
+        """The registered workers."""
+        return self._queue.workers()
+
+    def local_worker_ended(self, name: str) -> None:
+        """The process of a spawned worker is gone: its groups go elsewhere at once."""
+        for worker in self._queue.workers():
+            if worker.identity == name and worker.principal == WORKER_PRINCIPAL:
+                self._settle(self._queue.release_worker(worker.worker_id))
+
+    # --- life ----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begins to look after leases that run out and workers that fall silent."""
+        self._keeper = asyncio.get_running_loop().create_task(self._keep(), name="verification desk")
+
+    async def stop(self) -> None:
+        """Answers waiting workers with BROKER_STOPPING."""
+        self._stopping = True
+        self._wake_workers()
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+
+    # --- inside --------------------------------------------------------------------------------
+
+    def _refuse_if_stopping(self) -> None:
+        if self._stopping:
+            raise BrokerStoppingError(
+                "The broker is shutting down; retry, it may be back soon.", retry_seconds=1.0
+            )
+
+    @contextlib.asynccontextmanager
+    async def _waiting(self, worker_id: str) -> AsyncIterator[None]:
+        self._queue.begin_wait(worker_id, now=time.monotonic())
+        try:
+            yield
+        finally:
+            self._queue.end_wait(worker_id, now=time.monotonic())
+            self._poke.set()
+
+    def _excluded_pools(self, worker_id: str) -> set[str]:
+        """Pools in which the worker's principal owns an agent: nobody judges their own competition."""
+        principal = next((w.principal for w in self._queue.workers() if w.worker_id == worker_id), "")
+        if principal in (LOCAL_PRINCIPAL, WORKER_PRINCIPAL):
+            return set()
+        return {
+            pool.runtime.name
+            for pool in self._pools.pools()
+            if any(member.principal == principal for member in pool.runtime.state.members.values())
+        }
+
+    async def _find(self, ref: GroupRef) -> GroupAt | None:
+        """Where a group's bodies lie; after a restart it is read from the log once a step."""
+        known = self._at.setdefault((ref.pool, ref.step), {})
+        slot = (ref.prompt_index, ref.roster_index)
+        if slot not in known:
+            known.update(await self._pools.pool(ref.pool).history.groups(ref.step))
+        return known.get(slot)
+
+    def _wake_workers(self) -> None:
+        self._work.set()
+        self._work = asyncio.Event()
+
+    async def _keep(self) -> None:
+        while True:
+            self._poke.clear()
+            self._settle(self._queue.expire(now=time.monotonic()))
+            expiry = self._queue.next_expiry()
+            delay = None if expiry is None else max(0.0, expiry - time.monotonic()) + 0.001
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay):
+                    await self._poke.wait()
+
+    def _settle(self, failed: Failed) -> None:
+        """Goes on after failed leases: others take the groups, and those out of attempts end."""
+        if failed.returned:
+            _log.warning("%d groups return to the queue after a failed lease", len(failed.returned))
+            self._wake_workers()
+        for ref in failed.exhausted:
+            try:
+                self._exhaust(ref)
+            except StepClosedError:
+                continue
+            except ExchangeError as error:
+                _log.error("group %s could not be ended, it is tried again: %s", ref, error)
+                self._queue.add(ref)
+
+    def _exhaust(self, ref: GroupRef) -> None:
+        runtime = self._pools.pool(ref.pool).runtime
+        step = runtime.state.open_steps.get(ref.step)
+        if step is None:
+            return
+        group = step.groups[ref.prompt_index, ref.roster_index]
+        verdict = Unscored(UnscoredKind.VERIFIER_ERROR, VerdictReason.ATTEMPTS_EXHAUSTED)
+        runtime.apply(
+            RecordVerdicts(
+                step=ref.step,
+                prompt_index=ref.prompt_index,
+                roster_index=ref.roster_index,
+                generation=ref.generation,
+                verifier=None,
+                worker="",
+                verdicts=(verdict,) * group.rollout_count,
+            )
+        )

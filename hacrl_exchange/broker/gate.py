@@ -1,0 +1,260 @@
+"""What a group must prove before it may enter the log. Pure CPU work, run off the event loop.
+
+The gate checks what the envelope states against the bytes: sizes before anything is allocated, digests,
+counts, UTF-8, log-probs finite, not positive and adding up. It never re-encodes and never judges content.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+
+from hacrl_exchange._pb import rollout_pb2
+from hacrl_exchange._pb.rollout_pb2 import (
+    COMPRESSION_NONE,
+    COMPRESSION_ZSTD,
+    ELEMENT_TYPE_F16,
+    ELEMENT_TYPE_F32,
+    ELEMENT_TYPE_U32,
+    ELEMENT_TYPE_UNSPECIFIED,
+    FINISH_REASON_LENGTH,
+    FINISH_REASON_STOP,
+    LOGPROB_ORIGIN_SAMPLER,
+    LOGPROB_ORIGIN_TRAINER,
+    PART_KIND_LOGPROBS,
+    PART_KIND_META,
+    PART_KIND_TEXT,
+    PART_KIND_TOKENS,
+)
+from hacrl_exchange.broker.limits import Limits
+from hacrl_exchange.codec import decode_part, group_digest, logprob_sum_tolerance
+from hacrl_exchange.errors import (
+    CountMismatchError,
+    InvalidEnvelopeError,
+    InvalidLogprobError,
+    PartTooLargeError,
+    PartUndecodableError,
+    SizeMismatchError,
+    SumMismatchError,
+    TooManyTokensError,
+    UnsupportedEncodingError,
+    WrongGroupSizeError,
+)
+
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+_ELEMENT_TYPES: dict[int, tuple[int, ...]] = {
+    PART_KIND_TEXT: (ELEMENT_TYPE_UNSPECIFIED,),
+    PART_KIND_TOKENS: (ELEMENT_TYPE_U32,),
+    PART_KIND_LOGPROBS: (ELEMENT_TYPE_F16, ELEMENT_TYPE_F32),
+    PART_KIND_META: (ELEMENT_TYPE_UNSPECIFIED,),
+}
+_DTYPES: dict[int, np.dtype[np.float16] | np.dtype[np.float32]] = {
+    ELEMENT_TYPE_F16: np.dtype("<f2"),
+    ELEMENT_TYPE_F32: np.dtype("<f4"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedGroup:
+    """A group that passed: what the core and the log take."""
+
+    digest: bytes
+    rollout_count: int
+    envelope: bytes
+    parts: tuple[bytes, ...]
+
+
+def check_group(
+    group: rollout_pb2.Group, *, group_size: int, max_tokens: int, limits: Limits
+) -> CheckedGroup:
+    """Checks a group; `max_tokens` is the pool's limit for a response, 0 for the server's.
+
+    Raises:
+        WrongGroupSizeError, InvalidEnvelopeError, UnsupportedEncodingError, PartTooLargeError,
+        SizeMismatchError, DigestMismatchError, PartUndecodableError, CountMismatchError,
+        InvalidLogprobError, SumMismatchError, TooManyTokensError: as their names say.
+    """
+    envelope = group.envelope
+    if len(envelope.rollouts) != group_size:
+        raise WrongGroupSizeError(
+            f"The group holds {len(envelope.rollouts)} rollouts; the pool's group size is {group_size}.",
+            rollouts=len(envelope.rollouts),
+            group_size=group_size,
+        )
+    _check_claims(envelope)
+    _check_rollouts(envelope, min(max_tokens or limits.max_tokens, limits.max_tokens))
+    _check_part_headers(group, limits)
+    for info, stored in zip(envelope.parts, group.parts, strict=True):
+        cap = limits.max_meta_size if info.kind == PART_KIND_META else limits.max_part_decoded_size
+        decoded = decode_part(info, stored, max_decoded=cap)
+        _CHECKS[info.kind](envelope, info, decoded)
+    return CheckedGroup(
+        digest=group_digest(envelope),
+        rollout_count=len(envelope.rollouts),
+        envelope=envelope.SerializeToString(),
+        parts=tuple(group.parts),
+    )
+
+
+def _check_claims(envelope: rollout_pb2.Envelope) -> None:
+    sampling = envelope.sampling
+    start, end = envelope.policy_start, envelope.policy_end
+    problem = ""
+    if not (math.isfinite(sampling.temperature) and sampling.temperature > 0):
+        problem = f"sampling.temperature must be above 0, not {sampling.temperature}"
+    elif not 0 < sampling.top_p <= 1:
+        problem = f"sampling.top_p must be in (0, 1], not {sampling.top_p}"
+    elif sampling.max_tokens < 0:
+        problem = f"sampling.max_tokens must not be negative, as {sampling.max_tokens} is"
+    elif start.session < 1 or end.session < start.session or start.updates < 0:
+        problem = "policy_start and policy_end need sessions from 1 and updates from 0, end not before start"
+    elif start.session == end.session and end.updates < start.updates:
+        problem = "policy_end is older than policy_start"
+    elif not _FINGERPRINT.fullmatch(envelope.tokenizer_fingerprint):
+        problem = "tokenizer_fingerprint must be 64 lowercase hex digits"
+    elif envelope.logprob_origin not in (LOGPROB_ORIGIN_TRAINER, LOGPROB_ORIGIN_SAMPLER):
+        problem = "logprob_origin must be TRAINER or SAMPLER"
+    if problem:
+        raise InvalidEnvelopeError(f"The envelope is invalid: {problem}.")
+
+
+def _check_rollouts(envelope: rollout_pb2.Envelope, max_tokens: int) -> None:
+    for index, rollout in enumerate(envelope.rollouts):
+        if rollout.finish_reason not in (FINISH_REASON_STOP, FINISH_REASON_LENGTH):
+            raise InvalidEnvelopeError(f"Rollout {index} states no finish reason.", rollout=index)
+        if rollout.token_count < 1:
+            raise InvalidEnvelopeError(
+                f"Rollout {index} states {rollout.token_count} tokens; the least is 1 (an end token alone).",
+                rollout=index,
+            )
+        if rollout.terminal_only and (
+            rollout.token_count != 1 or rollout.finish_reason != FINISH_REASON_STOP
+        ):
+            raise InvalidEnvelopeError(
+                f"Rollout {index} is terminal-only, so it must state 1 token and finish reason STOP.",
+                rollout=index,
+            )
+        if rollout.token_count > max_tokens:
+            raise TooManyTokensError(
+                f"Rollout {index} has {rollout.token_count} tokens; the limit is {max_tokens}.",
+                rollout=index,
+                tokens=rollout.token_count,
+                limit=max_tokens,
+            )
+        if not math.isfinite(rollout.logprob_sum) or rollout.logprob_sum > 0:
+            raise InvalidLogprobError(
+                f"The log-prob sum of rollout {index} is {rollout.logprob_sum}; it must be finite and <= 0.",
+                rollout=index,
+            )
+
+
+def _check_part_headers(group: rollout_pb2.Group, limits: Limits) -> None:
+    parts = group.envelope.parts
+    if len(parts) != len(group.parts):
+        raise CountMismatchError(
+            f"The envelope describes {len(parts)} parts; {len(group.parts)} came with it."
+        )
+    kinds = [info.kind for info in parts]
+    if kinds != sorted(set(kinds)):
+        raise InvalidEnvelopeError("The parts must be in ascending order of kind, each kind at most once.")
+    if PART_KIND_TEXT not in kinds:
+        raise InvalidEnvelopeError("The text part is missing; every group needs one.")
+    stored_size = sum(len(stored) for stored in group.parts)
+    if stored_size > limits.max_group_stored_size:
+        raise PartTooLargeError(
+            f"The group's parts take {stored_size} bytes; the limit is {limits.max_group_stored_size}.",
+            size=stored_size,
+            limit=limits.max_group_stored_size,
+        )
+    for info, stored in zip(parts, group.parts, strict=True):
+        if info.element_type not in _ELEMENT_TYPES.get(info.kind, ()):
+            raise UnsupportedEncodingError(
+                f"This server does not read kind {info.kind} with element type {info.element_type}.",
+                kind=info.kind,
+                element_type=info.element_type,
+            )
+        if info.compression not in (COMPRESSION_NONE, COMPRESSION_ZSTD):
+            raise UnsupportedEncodingError(
+                f"Compression {info.compression} is not one this server reads.", compression=info.compression
+            )
+        if info.stored_size != len(stored):
+            raise SizeMismatchError(
+                f"A part states {info.stored_size} stored bytes and has {len(stored)}.", kind=info.kind
+            )
+
+
+def _check_text(envelope: rollout_pb2.Envelope, info: rollout_pb2.PartInfo, decoded: bytes) -> None:
+    try:
+        body = rollout_pb2.TextBody.FromString(decoded)
+    except Exception as error:  # protobuf raises DecodeError from private modules; any failure is the body's
+        raise PartUndecodableError(
+            "The text part is not a TextBody of valid UTF-8.", kind=info.kind
+        ) from error
+    if len(body.rollouts) != len(envelope.rollouts):
+        raise CountMismatchError(
+            f"The text part holds {len(body.rollouts)} texts for {len(envelope.rollouts)} rollouts.",
+            kind=info.kind,
+        )
+    for index, (text, rollout) in enumerate(zip(body.rollouts, envelope.rollouts, strict=True)):
+        if rollout.terminal_only and text.text:
+            raise CountMismatchError(f"Rollout {index} is terminal-only and yet has text.", rollout=index)
+
+
+def _check_tokens(envelope: rollout_pb2.Envelope, info: rollout_pb2.PartInfo, decoded: bytes) -> None:
+    _check_count(envelope, info, len(decoded), itemsize=4)
+
+
+def _check_logprobs(envelope: rollout_pb2.Envelope, info: rollout_pb2.PartInfo, decoded: bytes) -> None:
+    dtype = _DTYPES[info.element_type]
+    _check_count(envelope, info, len(decoded), itemsize=dtype.itemsize)
+    values: npt.NDArray[np.float64] = np.frombuffer(decoded, dtype=dtype).astype(np.float64)
+    if not (np.isfinite(values).all() and (values <= 0).all()):
+        raise InvalidLogprobError("A log-prob is NaN, infinite or positive.")
+    ends = np.cumsum([rollout.token_count for rollout in envelope.rollouts])
+    sums = np.add.reduceat(values, np.concatenate(([0], ends[:-1])))
+    for index, (rollout, total) in enumerate(zip(envelope.rollouts, sums.tolist(), strict=True)):
+        tolerance = logprob_sum_tolerance(
+            abs(rollout.logprob_sum), rollout.token_count, element_type=info.element_type
+        )
+        if abs(total - rollout.logprob_sum) > tolerance:
+            raise SumMismatchError(
+                f"The log-probs of rollout {index} add up to {total:.6g}; the envelope states "
+                f"{rollout.logprob_sum:.6g}.",
+                rollout=index,
+            )
+
+
+def _check_count(
+    envelope: rollout_pb2.Envelope, info: rollout_pb2.PartInfo, size: int, *, itemsize: int
+) -> None:
+    stated = sum(rollout.token_count for rollout in envelope.rollouts)
+    if size != stated * itemsize:
+        raise CountMismatchError(
+            f"A part of kind {info.kind} holds {size / itemsize:g} elements for {stated} stated tokens.",
+            kind=info.kind,
+            tokens=stated,
+        )
+
+
+def _check_meta(envelope: rollout_pb2.Envelope, info: rollout_pb2.PartInfo, decoded: bytes) -> None:
+    try:
+        meta = msgpack.unpackb(decoded)
+    except Exception as error:  # msgpack documents no closed set; any failure is the body's
+        raise PartUndecodableError("The metadata part is not msgpack.", kind=info.kind) from error
+    if not isinstance(meta, list) or len(meta) != len(envelope.rollouts):
+        raise CountMismatchError(
+            "The metadata part must be a list with one entry per rollout.", kind=info.kind
+        )
+
+
+_CHECKS = {
+    PART_KIND_TEXT: _check_text,
+    PART_KIND_TOKENS: _check_tokens,
+    PART_KIND_LOGPROBS: _check_logprobs,
+    PART_KIND_META: _check_meta,
+}

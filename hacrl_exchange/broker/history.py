@@ -1,0 +1,147 @@
+"""Steps as the log holds them: found by index, never kept in the core's state.
+
+Calls go to threads; what was read of a closed step is immutable, so the newest few are kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from hacrl_exchange.broker.core.records import (
+    GroupAccepted,
+    StepClosed,
+    StepOpened,
+    StoredGroup,
+    VerdictsRecorded,
+)
+from hacrl_exchange.broker.log import Log
+from hacrl_exchange.broker.record_codec import decode_record
+from hacrl_exchange.errors import StepNotFoundError
+
+_KEPT_STEPS = 16
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class GroupAt:
+    """An accepted group and the position its bodies are read by."""
+
+    position: int
+    record: GroupAccepted
+
+
+@dataclass(frozen=True, slots=True)
+class ClosedStep:
+    """Everything of a closed step but the bodies. Groups and verdicts by (prompt index, roster index)."""
+
+    opened: StepOpened
+    closed: StepClosed
+    close_time_us: int
+    groups: dict[tuple[int, int], GroupAt]
+    verdicts: dict[tuple[int, int], VerdictsRecorded]
+
+
+class History:
+    """Reads the steps of one pool."""
+
+    def __init__(self, log: Log, stream: str) -> None:
+        self._log = log
+        self._stream = stream
+        self._opened: OrderedDict[int, StepOpened] = OrderedDict()
+        self._closed: OrderedDict[int, ClosedStep] = OrderedDict()
+
+    async def opened(self, step: int) -> StepOpened:
+        """A step's opening. Open steps are in the core's state; this is for the others.
+
+        Raises:
+            StepNotFoundError: it was never opened.
+        """
+        if step not in self._opened:
+            record = await asyncio.to_thread(self._read_opened, step)
+            _keep(self._opened, step, record)
+        return self._opened[step]
+
+    async def closed(self, step: int) -> ClosedStep:
+        """A closed step.
+
+        Raises:
+            StepNotFoundError: it was never opened, or is not closed.
+        """
+        if step not in self._closed:
+            record = await asyncio.to_thread(self._read_closed, step)
+            _keep(self._closed, step, record)
+        return self._closed[step]
+
+    async def groups(self, step: int) -> dict[tuple[int, int], GroupAt]:
+        """The accepted groups of a step, open or closed."""
+        return await asyncio.to_thread(self._read_groups, step)
+
+    async def stored_group(self, step: int, *, agent: str, prompt_id: str) -> StoredGroup | None:
+        """What lies in a slot of a step that is not open; None if nothing does."""
+        try:
+            opened = await self.opened(step)
+        except StepNotFoundError:
+            return None
+        if agent not in opened.roster or prompt_id not in opened.prompt_ids:
+            return None
+        slot = (opened.prompt_ids.index(prompt_id), opened.roster.index(agent))
+        closed = await self.closed(step)
+        found = closed.groups.get(slot)
+        if found is None:
+            return None
+        return StoredGroup(found.record.digest, found.record.session, found.record.rollout_count)
+
+    async def bodies(self, wanted: Sequence[tuple[int, Sequence[int]]]) -> list[tuple[bytes, ...]]:
+        """Bodies by (position, part indices)."""
+        return await asyncio.to_thread(self._log.read_bodies, self._stream, wanted)
+
+    def _read_opened(self, step: int) -> StepOpened:
+        for entry in self._log.find(self._stream, f"o/{step:010d}"):
+            body = decode_record(entry.payload).body
+            if isinstance(body, StepOpened):
+                return body
+        raise StepNotFoundError(
+            f"Pool {self._stream} has not opened step {step}.", pool=self._stream, step=step
+        )
+
+    def _read_closed(self, step: int) -> ClosedStep:
+        opened = self._read_opened(step)
+        for entry in self._log.find(self._stream, f"c/{step:010d}"):
+            record = decode_record(entry.payload)
+            if isinstance(record.body, StepClosed):
+                return ClosedStep(
+                    opened=opened,
+                    closed=record.body,
+                    close_time_us=record.time_us,
+                    groups=self._read_groups(step),
+                    verdicts=self._read_verdicts(step),
+                )
+        raise StepNotFoundError(
+            f"Step {step} of pool {self._stream} is not closed yet.", pool=self._stream, step=step
+        )
+
+    def _read_groups(self, step: int) -> dict[tuple[int, int], GroupAt]:
+        found: dict[tuple[int, int], GroupAt] = {}
+        for entry in self._log.find(self._stream, f"g/{step:010d}/"):
+            body = decode_record(entry.payload).body
+            if isinstance(body, GroupAccepted):
+                found[body.prompt_index, body.roster_index] = GroupAt(entry.position, body)
+        return found
+
+    def _read_verdicts(self, step: int) -> dict[tuple[int, int], VerdictsRecorded]:
+        found: dict[tuple[int, int], VerdictsRecorded] = {}
+        for entry in self._log.find(self._stream, f"v/{step:010d}/"):
+            body = decode_record(entry.payload).body
+            if isinstance(body, VerdictsRecorded):
+                found[body.prompt_index, body.roster_index] = body
+        return found
+
+
+def _keep(kept: OrderedDict[int, _T], step: int, value: _T) -> None:
+    kept[step] = value
+    while len(kept) > _KEPT_STEPS:
+        kept.popitem(last=False)

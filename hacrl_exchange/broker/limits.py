@@ -1,0 +1,31 @@
+"""Every size and time the broker bounds, in one place. GetServerInfo tells them to clients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Limits of a broker. Sizes in bytes, times in seconds."""
+
+    max_message_size: int = 8 * MIB
+    """Largest message in either direction."""
+    delivery_message_size: int = 4 * MIB
+    """A delivery stream starts a new message at this size."""
+    max_groups_per_publish: int = 64
+    max_group_stored_size: int = 4 * MIB
+    max_part_decoded_size: int = 32 * MIB
+    max_meta_size: int = 64 << 10
+    max_tokens: int = 131_072
+    """Response tokens of one rollout."""
+    max_wait_seconds: float = 20.0
+    lease_timeout_seconds: float = 10.0
+    max_groups_per_lease: int = 64
+    max_prompt_set_size: int = 256 * MIB
+    max_prompt_size: int = 1 * MIB
+    max_detail_size: int = 2048
+    max_publishing_size: int = 128 * MIB
+    """Bytes of PublishGroups requests being checked at once; more is answered OVERLOADED."""

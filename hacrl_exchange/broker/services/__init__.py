@@ -1,0 +1,1 @@
+"""The gRPC services: requests in, commands to the core, durable replies out."""

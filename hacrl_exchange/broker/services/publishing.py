@@ -1,0 +1,134 @@
+"""PublishGroups: gate off the event loop, then the core, then the log; one result per group."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+from hacrl_exchange._pb import exchange_service_pb2 as pb
+from hacrl_exchange._pb import rollout_pb2
+from hacrl_exchange.broker.broker import Pool
+from hacrl_exchange.broker.core.records import PublishGroup, StoredGroup
+from hacrl_exchange.broker.gate import CheckedGroup, check_group
+from hacrl_exchange.broker.limits import Limits
+from hacrl_exchange.codec import group_name, parse_group_name
+from hacrl_exchange.errors import (
+    ExchangeError,
+    ForeignSlotError,
+    InvalidRequestError,
+    LogFailedError,
+    OverloadedError,
+)
+from hacrl_exchange.status import to_status
+from hacrl_exchange.types import PoolSpec, Slot
+
+
+class Publishing:
+    """Takes groups in. Bounds what is being checked at once."""
+
+    def __init__(self, *, limits: Limits, threads: ThreadPoolExecutor) -> None:
+        self._limits = limits
+        self._threads = threads
+        self._under_way = 0
+
+    async def publish(self, pool: Pool, request: pb.PublishGroupsRequest) -> pb.PublishGroupsResponse:
+        """Answers once every accepted group is durable.
+
+        Raises:
+            InvalidRequestError: no groups, or more than a call may carry.
+            OverloadedError: too much is being checked already.
+            LogFailedError: nothing of the call is stored.
+        """
+        limit = self._limits.max_groups_per_publish
+        if not 1 <= len(request.groups) <= limit:
+            raise InvalidRequestError(
+                f"A call publishes 1 to {limit} groups; this one has {len(request.groups)}.", field="groups"
+            )
+        size = request.ByteSize()
+        if self._under_way and self._under_way + size > self._limits.max_publishing_size:
+            raise OverloadedError(
+                "The broker is checking as much as it can hold; retry shortly.", retry_seconds=0.2
+            )
+        self._under_way += size
+        try:
+            checked = await asyncio.get_running_loop().run_in_executor(
+                self._threads, self._check_all, pool.runtime.state.spec, pool.runtime.name, request
+            )
+        finally:
+            self._under_way -= size
+        results = [await self._accept(pool, request.caller, outcome) for outcome in checked]
+        await pool.runtime.durable()
+        return pb.PublishGroupsResponse(results=results)
+
+    def _check_all(
+        self, spec: PoolSpec, pool_name: str, request: pb.PublishGroupsRequest
+    ) -> list[tuple[Slot, CheckedGroup] | ExchangeError]:
+        """In a gate thread: what each group is, or why it is refused."""
+        outcomes: list[tuple[Slot, CheckedGroup] | ExchangeError] = []
+        for group in request.groups:
+            try:
+                slot = _own_slot(group, pool_name=pool_name, agent=request.caller.agent)
+                checked = check_group(
+                    group, group_size=spec.group_size, max_tokens=spec.max_tokens, limits=self._limits
+                )
+                outcomes.append((slot, checked))
+            except ExchangeError as error:
+                outcomes.append(error)
+        return outcomes
+
+    async def _accept(
+        self, pool: Pool, caller: pb.Caller, outcome: tuple[Slot, CheckedGroup] | ExchangeError
+    ) -> pb.PublishResult:
+        if isinstance(outcome, ExchangeError):
+            return pb.PublishResult(error=to_status(outcome))
+        slot, checked = outcome
+        try:
+            return pb.PublishResult(receipt=await self._put(pool, caller, slot, checked))
+        except LogFailedError:
+            raise
+        except ExchangeError as error:
+            return pb.PublishResult(error=to_status(error))
+
+    async def _put(
+        self, pool: Pool, caller: pb.Caller, slot: Slot, checked: CheckedGroup
+    ) -> rollout_pb2.Receipt:
+        """Puts a group into its slot; durable later. Answers the first receipt to a repeat."""
+        runtime = pool.runtime
+        stored: StoredGroup | None = None
+        if slot.step not in runtime.state.open_steps and slot.step <= runtime.state.last_step:
+            stored = await pool.history.stored_group(slot.step, agent=slot.agent, prompt_id=slot.prompt_id)
+        runtime.apply(
+            PublishGroup(
+                agent=slot.agent,
+                session=caller.session,
+                step=slot.step,
+                prompt_id=slot.prompt_id,
+                digest=checked.digest,
+                rollout_count=checked.rollout_count,
+                envelope=checked.envelope,
+                stored=stored,
+            ),
+            bodies=checked.parts,
+        )
+        step = runtime.state.open_steps.get(slot.step)
+        if step is not None:
+            group = step.groups[step.prompt_index[slot.prompt_id], step.roster_index[slot.agent]]
+            session = group.session
+        else:
+            session = stored.session if stored is not None else caller.session
+        return rollout_pb2.Receipt(
+            group=group_name(runtime.name, slot),
+            digest=checked.digest,
+            session=session,
+            rollout_count=checked.rollout_count,
+        )
+
+
+def _own_slot(group: rollout_pb2.Group, *, pool_name: str, agent: str) -> Slot:
+    pool, slot = parse_group_name(group.name)
+    if pool != pool_name or slot.agent != agent:
+        raise ForeignSlotError(
+            f"Group {group.name} is not of agent {agent} in pool {pool_name}; publish your own groups.",
+            group=group.name,
+        )
+    return slot

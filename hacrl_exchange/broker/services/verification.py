@@ -1,0 +1,232 @@
+"""VerificationService: what workers call."""
+
+from __future__ import annotations
+
+import math
+
+from hacrl_exchange import codec
+from hacrl_exchange._pb import prompt_pb2, rollout_pb2, verdict_pb2, verification_service_pb2_grpc
+from hacrl_exchange._pb import verification_service_pb2 as pb
+from hacrl_exchange.broker.broker import Broker
+from hacrl_exchange.broker.core.records import RecordVerdicts
+from hacrl_exchange.broker.core.verification import GroupRef
+from hacrl_exchange.broker.desk import LeasedWork
+from hacrl_exchange.broker.history import GroupAt
+from hacrl_exchange.broker.interceptors import Context, Identities
+from hacrl_exchange.broker.services.requests import wait_seconds
+from hacrl_exchange.errors import (
+    ExchangeError,
+    GroupNotFoundError,
+    InvalidRequestError,
+    InvalidVerdictError,
+    LogFailedError,
+    StepClosedError,
+    UnknownPromptError,
+)
+from hacrl_exchange.status import to_status
+from hacrl_exchange.types import Scored, Slot
+
+_MAX_COMPONENTS = 32
+_MAX_NAME_SIZE = 128
+
+
+class VerificationService(verification_service_pb2_grpc.VerificationServiceServicer):
+    """Leases groups to workers and records their verdicts."""
+
+    def __init__(self, broker: Broker, identities: Identities) -> None:
+        self._broker = broker
+        self._identities = identities
+        self._needs_tokens: dict[str, frozenset[str]] = {}
+
+    async def RegisterWorker(
+        self, request: pb.RegisterWorkerRequest, context: Context
+    ) -> pb.RegisterWorkerResponse:
+        if not 1 <= len(request.identity.encode()) <= _MAX_NAME_SIZE:
+            raise InvalidRequestError(f"identity must be 1 to {_MAX_NAME_SIZE} bytes.", field="identity")
+        if not request.verifiers or any(
+            not (
+                0 < len(offer.verifier.encode()) <= _MAX_NAME_SIZE and 0 < len(offer.version.encode()) <= 128
+            )
+            for offer in request.verifiers
+        ):
+            raise InvalidRequestError(
+                "verifiers must name at least one, each with a name and a version of 1 to 128 bytes.",
+                field="verifiers",
+            )
+        principal = self._identities.principal(context)
+        worker = self._broker.desk.register(
+            identity=request.identity,
+            verifiers=[offer.verifier for offer in request.verifiers],
+            principal=principal,
+        )
+        self._forget_gone_workers()
+        self._needs_tokens[worker] = frozenset(
+            offer.verifier for offer in request.verifiers if offer.needs_tokens
+        )
+        return pb.RegisterWorkerResponse(
+            worker=worker, lease_timeout=codec.duration_to_proto(self._broker.limits.lease_timeout_seconds)
+        )
+
+    async def AcquireLease(
+        self, request: pb.AcquireLeaseRequest, context: Context
+    ) -> pb.AcquireLeaseResponse:
+        limits = self._broker.limits
+        if not 0 <= request.max_groups <= limits.max_groups_per_lease:
+            raise InvalidRequestError(
+                f"max_groups must be 0 to {limits.max_groups_per_lease}; it is {request.max_groups}.",
+                field="max_groups",
+            )
+        self._broker.desk.touch(request.worker)
+        work = await self._broker.desk.acquire(
+            request.worker,
+            max_groups=request.max_groups or 1,
+            wait_seconds=wait_seconds(request.wait, limit=limits.max_wait_seconds),
+        )
+        if work is None:
+            return pb.AcquireLeaseResponse()
+        return await self._lease_message(request.worker, work)
+
+    async def RenewLease(self, request: pb.RenewLeaseRequest, context: Context) -> pb.RenewLeaseResponse:
+        self._broker.desk.renew(request.worker, request.lease)
+        return pb.RenewLeaseResponse(
+            lease_timeout=codec.duration_to_proto(self._broker.limits.lease_timeout_seconds)
+        )
+
+    async def ReportVerdicts(
+        self, request: pb.ReportVerdictsRequest, context: Context
+    ) -> pb.ReportVerdictsResponse:
+        desk = self._broker.desk
+        if not request.reports:
+            raise InvalidRequestError("reports must hold at least one report.", field="reports")
+        desk.touch(request.worker)
+        identity = desk.identity(request.worker)
+        response = pb.ReportVerdictsResponse()
+        touched = {}
+        for report in request.reports:
+            result = response.results.add()
+            try:
+                pool = await self._record(report, identity)
+                touched[pool] = self._broker.pool(pool).runtime
+            except LogFailedError:
+                raise
+            except ExchangeError as error:
+                result.error.CopyFrom(to_status(error))
+        for runtime in touched.values():
+            await runtime.durable()
+        return response
+
+    async def _record(self, report: pb.VerdictReport, identity: str) -> str:
+        pool_name, slot = codec.parse_group_name(report.group)
+        pool = self._broker.pool(pool_name)
+        step = pool.runtime.state.open_steps.get(slot.step)
+        if step is None:
+            raise StepClosedError(
+                f"Step {slot.step} of pool {pool_name} is not open; its verdicts are final.",
+                pool=pool_name,
+                step=slot.step,
+            )
+        prompt_index = step.prompt_index.get(slot.prompt_id)
+        roster_index = step.roster_index.get(slot.agent)
+        if prompt_index is None or roster_index is None:
+            raise GroupNotFoundError(f"There is no group {report.group}.", group=report.group)
+        self._check_report(report)
+        command = RecordVerdicts(
+            step=slot.step,
+            prompt_index=prompt_index,
+            roster_index=roster_index,
+            generation=report.generation,
+            verifier=codec.verifier_identity_from_proto(report.verifier),
+            worker=identity,
+            verdicts=tuple(codec.verdict_from_proto(verdict) for verdict in report.verdicts),
+            details=tuple(report.details),
+        )
+        try:
+            pool.runtime.apply(command)
+        finally:
+            group = step.groups.get((prompt_index, roster_index))
+            if group is not None and group.generation:
+                self._broker.desk.finish(command, pool=pool_name)
+        return pool_name
+
+    def _check_report(self, report: pb.VerdictReport) -> None:
+        limits = self._broker.limits
+        problem = ""
+        if (
+            not report.verifier.verifier
+            or not report.verifier.version
+            or len(report.verifier.config_digest) != 32
+        ):
+            problem = "verifier needs a name, a version and a config digest of 32 bytes"
+        elif report.generation < 1:
+            problem = "generation must be at least 1"
+        elif any(verdict.WhichOneof("outcome") is None for verdict in report.verdicts):
+            problem = "a verdict states no outcome"
+        elif report.details and len(report.details) != len(report.verdicts):
+            problem = "details must be empty or one per verdict"
+        elif any(len(detail.encode()) > limits.max_detail_size for detail in report.details):
+            problem = f"a detail is longer than {limits.max_detail_size} bytes"
+        elif any(_bad_components(verdict) for verdict in report.verdicts):
+            problem = f"components must be finite and at most {_MAX_COMPONENTS}"
+        if problem:
+            raise InvalidVerdictError(
+                f"The report for {report.group} is invalid: {problem}.", group=report.group
+            )
+
+    async def _lease_message(self, worker: str, work: LeasedWork) -> pb.AcquireLeaseResponse:
+        """The groups of a lease with their texts, as many as fit into a message; the rest goes back."""
+        message = pb.AcquireLeaseResponse(lease=work.lease_id)
+        size = 0
+        for number, (ref, at) in enumerate(work.groups):
+            leased = await self._leased_group(worker, ref, at)
+            size += leased.ByteSize()
+            if number and size > self._broker.limits.delivery_message_size:
+                self._broker.desk.put_back([other for other, _ in work.groups[number:]])
+                break
+            message.groups.append(leased)
+        return message
+
+    async def _leased_group(self, worker: str, ref: GroupRef, at: GroupAt) -> pb.LeasedGroup:
+        pool = self._broker.pool(ref.pool)
+        step = pool.runtime.state.open_steps.get(ref.step)
+        opened = step if step is not None else await pool.history.opened(ref.step)
+        envelope = rollout_pb2.Envelope.FromString(at.record.envelope)
+        kinds = {rollout_pb2.PART_KIND_TEXT}
+        if ref.verifier in self._needs_tokens.get(worker, ()):
+            kinds.add(rollout_pb2.PART_KIND_TOKENS)
+        indices = [index for index, info in enumerate(envelope.parts) if info.kind in kinds]
+        (bodies,) = await pool.history.bodies([(at.position, indices)])
+        plan = pool.runtime.state.spec.plan
+        prompt_id = opened.prompt_ids[ref.prompt_index]
+        return pb.LeasedGroup(
+            group=codec.group_name(ref.pool, Slot(ref.step, prompt_id, opened.roster[ref.roster_index])),
+            generation=ref.generation,
+            verifier=ref.verifier,
+            config_json=plan.verifiers[0].config_json,
+            item_timeout=codec.duration_to_proto(plan.item_timeout_seconds),
+            prompt=self._prompt(ref.pool, prompt_id),
+            envelope=envelope,
+            parts=bodies,
+            part_kinds=[envelope.parts[index].kind for index in indices],
+        )
+
+    def _prompt(self, pool: str, prompt_id: str) -> prompt_pb2.PromptEntry:
+        entry = self._broker.pool(pool).prompts.entries.get(prompt_id)
+        if entry is None:
+            raise UnknownPromptError(
+                f"Pool {pool} has no prompt {prompt_id}.", pool=pool, prompt_id=prompt_id
+            )
+        return entry
+
+    def _forget_gone_workers(self) -> None:
+        known = {worker.worker_id for worker in self._broker.desk.workers()}
+        self._needs_tokens = {
+            worker: names for worker, names in self._needs_tokens.items() if worker in known
+        }
+
+
+def _bad_components(verdict: verdict_pb2.Verdict) -> bool:
+    outcome = codec.verdict_from_proto(verdict)
+    if not isinstance(outcome, Scored):
+        return False
+    components = outcome.components
+    return len(components) > _MAX_COMPONENTS or not all(math.isfinite(value) for value in components.values())
