@@ -1,7 +1,8 @@
 """Between the wire and the types: groups, parts, small messages, names. Protobuf stops here.
 
 parts.py compresses and, trusting nothing, decompresses; bodies.py says what the parts hold; groups.py makes
-envelopes and parts of groups; messages.py turns other messages into dataclasses and back; names.py spells names.
+envelopes and parts of groups; messages.py turns other messages into dataclasses and back; names.py
+spells names.
 """
 
 from hacrl_exchange.codec.bodies import LogprobDtype, logprob_sum_tolerance

@@ -70,6 +70,7 @@ def logprob_sum_tolerance(abs_sum: float, count: int, *, element_type: int) -> f
 
 
 def text_body(rollouts: Sequence[Rollout]) -> bytes:
+    """A serialized TextBody."""
     try:
         body = pb.TextBody(rollouts=[pb.RolloutText(text=rollout.text) for rollout in rollouts])
         return body.SerializeToString()
