@@ -227,7 +227,9 @@ def _all_have(field: str, values: Sequence[object]) -> bool:
 
 def _decoded_parts(group: pb.Group, max_decoded: int) -> dict[int, tuple[pb.PartInfo, bytes]]:
     infos = {info.kind: info for info in group.envelope.parts}
-    kinds = list(group.part_kinds) or [info.kind for info in group.envelope.parts]
+    # Without part_kinds, as on publishing, every part is there; a delivery may also be of none at all.
+    all_kinds = [info.kind for info in group.envelope.parts]
+    kinds = list(group.part_kinds) if group.part_kinds or not group.parts else all_kinds
     if len(kinds) != len(group.parts) or not all(kind in infos for kind in kinds):
         raise CountMismatchError(
             f"{group.name} came with {len(group.parts)} parts; its envelope and part_kinds describe others.",
