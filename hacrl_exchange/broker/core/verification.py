@@ -1,0 +1,407 @@
+"""Which worker verifies what: groups that wait, leases, workers. Volatile; a restart begins with nothing.
+
+The durable side is the pool's: a group without verdicts is pending (`pending_groups`), and verdicts count
+once, whoever reports them and whether or not the lease is still known. So this queue may forget at any
+time, and only has to be fair and to make progress. Times are seconds of one monotonic clock.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Set
+from dataclasses import dataclass, field
+
+from hacrl_exchange.broker.core.state import PoolState
+from hacrl_exchange.errors import LeaseExpiredError, WorkerNotFoundError
+
+SILENT_LEASES = 3
+"""A worker without an open call is dropped after so many lease timeouts without one."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRef:
+    """A group to verify, and how many failed leases of it alone end it."""
+
+    pool: str
+    step: int
+    prompt_index: int
+    roster_index: int
+    generation: int
+    verifier: str
+    max_attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Groups given to a worker until a time."""
+
+    lease_id: str
+    worker_id: str
+    expires_at: float
+    items: tuple[GroupRef, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """What failed leases left: groups that wait again, groups that ran out of attempts (they are no longer
+    in the queue: record VERIFIER_ERROR for them), and workers that were dropped."""
+
+    returned: tuple[GroupRef, ...] = ()
+    exhausted: tuple[GroupRef, ...] = ()
+    dropped_workers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """A registered worker."""
+
+    worker_id: str
+    identity: str
+    principal: str
+    verifiers: tuple[str, ...]
+    leased_group_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Sizes of the queue."""
+
+    waiting_count: int
+    leased_count: int
+    lease_count: int
+    worker_count: int
+
+
+@dataclass(slots=True)
+class _Item:
+    ref: GroupRef
+    arrival: int
+    attempts: int = 0
+    alone: bool = False
+    lease_id: str = ""
+
+
+@dataclass(slots=True)
+class _Lease:
+    worker_id: str
+    expires_at: float
+    granted_count: int
+    items: dict[GroupRef, _Item]
+
+
+@dataclass(slots=True)
+class _Worker:
+    identity: str
+    principal: str
+    verifiers: tuple[str, ...]
+    last_seen: float
+    open_waits: int = 0
+    leases: dict[str, None] = field(default_factory=dict)
+
+
+class VerificationQueue:
+    """Groups wait per verifier and pool, ordered by step, then arrival; the pool whose head came first is
+    served first.
+
+    A lease that fails (it runs out, or its worker dies) returns its groups to their old places. If it held
+    several, nobody knows which one did it: they are retried singly, and no attempt is charged. If it held
+    one, an attempt is charged, and at `max_attempts` the group is exhausted. Every operation costs
+    O(log n) per group it touches; queues are many heaps whose dead entries are skipped when they surface.
+    """
+
+    def __init__(self, *, lease_seconds: float) -> None:
+        self.lease_seconds = lease_seconds
+        self._arrivals = 0
+        self._items: dict[GroupRef, _Item] = {}
+        self._by_step: dict[tuple[str, int], dict[GroupRef, None]] = {}
+        self._queues: dict[str, dict[str, list[tuple[int, int, GroupRef]]]] = {}
+        self._leases: dict[str, _Lease] = {}
+        self._expiries: list[tuple[float, str]] = []
+        self._workers: dict[str, _Worker] = {}
+        self._leased_count = 0
+
+    def __repr__(self) -> str:
+        now = self.statistics()
+        return (
+            f"<VerificationQueue [{now.waiting_count} waiting, {now.leased_count} leased, "
+            f"{now.worker_count} workers]>"
+        )
+
+    # --- workers -----------------------------------------------------------------------------------
+
+    def register(
+        self, worker_id: str, *, identity: str, verifiers: Iterable[str], principal: str, now: float
+    ) -> None:
+        """Introduces a worker under an id that the caller made up."""
+        self._workers[worker_id] = _Worker(identity, principal, tuple(verifiers), now)
+
+    def touch(self, worker_id: str, *, now: float) -> None:
+        """Notes a call of a worker.
+
+        Raises:
+            WorkerNotFoundError: the worker is not registered, or was dropped.
+        """
+        self._worker(worker_id).last_seen = now
+
+    def begin_wait(self, worker_id: str, *, now: float) -> None:
+        """A long poll of the worker is open: it is alive until `end_wait`.
+
+        Raises:
+            WorkerNotFoundError: as `touch`.
+        """
+        worker = self._worker(worker_id)
+        worker.last_seen = now
+        worker.open_waits += 1
+
+    def end_wait(self, worker_id: str, *, now: float) -> None:
+        """The long poll ended. A worker that is gone by now is no error."""
+        worker = self._workers.get(worker_id)
+        if worker is not None:
+            worker.last_seen = now
+            worker.open_waits -= 1
+
+    def release_worker(self, worker_id: str) -> Failed:
+        """Drops a worker whose process is gone; its leases fail at once. Unknown workers are no error."""
+        worker = self._workers.pop(worker_id, None)
+        if worker is None:
+            return Failed()
+        returned: list[GroupRef] = []
+        exhausted: list[GroupRef] = []
+        for lease_id in list(worker.leases):
+            self._fail(lease_id, returned, exhausted)
+        return Failed(tuple(returned), tuple(exhausted), (worker_id,))
+
+    def workers(self) -> tuple[WorkerInfo, ...]:
+        """The registered workers by id."""
+        return tuple(
+            WorkerInfo(
+                worker_id,
+                worker.identity,
+                worker.principal,
+                worker.verifiers,
+                sum(len(self._leases[lease_id].items) for lease_id in worker.leases),
+            )
+            for worker_id, worker in sorted(self._workers.items())
+        )
+
+    def verifier_alive(self, verifier: str, *, now: float) -> bool:
+        """Some worker that is not silent offers the verifier."""
+        return any(
+            verifier in worker.verifiers and not self._is_silent(worker, now=now)
+            for worker in self._workers.values()
+        )
+
+    # --- groups ------------------------------------------------------------------------------------
+
+    def add(self, ref: GroupRef) -> None:
+        """Queues a group. One that is queued or leased already stays where it is."""
+        if ref in self._items:
+            return
+        self._arrivals += 1
+        item = _Item(ref, self._arrivals)
+        self._items[ref] = item
+        self._by_step.setdefault((ref.pool, ref.step), {})[ref] = None
+        self._push(item)
+
+    def acquire(
+        self,
+        worker_id: str,
+        *,
+        lease_id: str,
+        max_groups: int,
+        now: float,
+        excluded_pools: Set[str] = frozenset(),
+    ) -> Lease | None:
+        """Leases up to `max_groups` groups for verifiers of the worker; None if none wait.
+
+        `excluded_pools` are those whose groups the worker must not judge: its principal owns agents there.
+
+        Raises:
+            WorkerNotFoundError: as `touch`.
+        """
+        worker = self._worker(worker_id)
+        worker.last_seen = now
+        taken: dict[GroupRef, _Item] = {}
+        while len(taken) < max_groups:
+            queue = self._first_queue(worker.verifiers, excluded_pools=excluded_pools)
+            if queue is None:
+                break
+            item = self._items[queue[0][2]]
+            if item.alone and taken:
+                break
+            heapq.heappop(queue)
+            item.lease_id = lease_id
+            taken[item.ref] = item
+            if item.alone:
+                break
+        if not taken:
+            return None
+        expires_at = now + self.lease_seconds
+        self._leases[lease_id] = _Lease(worker_id, expires_at, len(taken), taken)
+        self._leased_count += len(taken)
+        worker.leases[lease_id] = None
+        heapq.heappush(self._expiries, (expires_at, lease_id))
+        return Lease(lease_id, worker_id, expires_at, tuple(taken))
+
+    def renew(self, worker_id: str, lease_id: str, *, now: float) -> float:
+        """Extends a lease of the worker; the time it now runs out.
+
+        Raises:
+            WorkerNotFoundError: as `touch`.
+            LeaseExpiredError: the lease ran out, or nothing of it is left to do.
+        """
+        self._worker(worker_id).last_seen = now
+        lease = self._leases.get(lease_id)
+        if lease is None or lease.worker_id != worker_id:
+            raise LeaseExpiredError(
+                f"The lease {lease_id} ran out or is done: stop working on it and acquire another.",
+                lease=lease_id,
+                worker=worker_id,
+            )
+        lease.expires_at = now + self.lease_seconds
+        heapq.heappush(self._expiries, (lease.expires_at, lease_id))
+        return lease.expires_at
+
+    def finish(self, ref: GroupRef) -> bool:
+        """Forgets a group that has its verdicts, wherever it is; False if it was not here."""
+        item = self._items.pop(ref, None)
+        if item is None:
+            return False
+        refs = self._by_step[ref.pool, ref.step]
+        del refs[ref]
+        if not refs:
+            del self._by_step[ref.pool, ref.step]
+        lease = self._leases.get(item.lease_id)
+        if lease is not None:
+            del lease.items[ref]
+            self._leased_count -= 1
+            if not lease.items:
+                self._drop_lease(item.lease_id)
+        return True
+
+    def remove_step(self, pool: str, step: int) -> None:
+        """Forgets the groups of a closed step; leases on them end."""
+        for ref in list(self._by_step.get((pool, step), ())):
+            self.finish(ref)
+
+    # --- time --------------------------------------------------------------------------------------
+
+    def expire(self, *, now: float) -> Failed:
+        """Fails the leases that ran out and drops the workers that are silent."""
+        returned: list[GroupRef] = []
+        exhausted: list[GroupRef] = []
+        while self._expiries and self._expiries[0][0] <= now:
+            expires_at, lease_id = heapq.heappop(self._expiries)
+            lease = self._leases.get(lease_id)
+            if lease is not None and lease.expires_at == expires_at:
+                self._fail(lease_id, returned, exhausted)
+        dropped = [
+            worker_id for worker_id, worker in self._workers.items() if self._is_silent(worker, now=now)
+        ]
+        for worker_id in dropped:
+            failed = self.release_worker(worker_id)
+            returned.extend(failed.returned)
+            exhausted.extend(failed.exhausted)
+        return Failed(tuple(returned), tuple(exhausted), tuple(dropped))
+
+    def next_expiry(self) -> float | None:
+        """When `expire` has something to do, if nothing else happens before."""
+        while self._expiries:
+            expires_at, lease_id = self._expiries[0]
+            lease = self._leases.get(lease_id)
+            if lease is not None and lease.expires_at == expires_at:
+                break
+            heapq.heappop(self._expiries)
+        silence = SILENT_LEASES * self.lease_seconds
+        times = [worker.last_seen + silence for worker in self._workers.values() if not worker.open_waits]
+        if self._expiries:
+            times.append(self._expiries[0][0])
+        return min(times, default=None)
+
+    def statistics(self) -> Statistics:
+        """How many groups wait and are leased, under how many leases and workers."""
+        return Statistics(
+            waiting_count=len(self._items) - self._leased_count,
+            leased_count=self._leased_count,
+            lease_count=len(self._leases),
+            worker_count=len(self._workers),
+        )
+
+    # --- inside ------------------------------------------------------------------------------------
+
+    def _worker(self, worker_id: str) -> _Worker:
+        worker = self._workers.get(worker_id)
+        if worker is None:
+            raise WorkerNotFoundError(
+                f"The broker does not know worker {worker_id}: register again.", worker=worker_id
+            )
+        return worker
+
+    def _is_silent(self, worker: _Worker, *, now: float) -> bool:
+        silent_seconds = now - worker.last_seen
+        return not worker.open_waits and silent_seconds >= SILENT_LEASES * self.lease_seconds
+
+    def _push(self, item: _Item) -> None:
+        pools = self._queues.setdefault(item.ref.verifier, {})
+        heapq.heappush(pools.setdefault(item.ref.pool, []), (item.ref.step, item.arrival, item.ref))
+
+    def _first_queue(
+        self, verifiers: tuple[str, ...], *, excluded_pools: Set[str]
+    ) -> list[tuple[int, int, GroupRef]] | None:
+        """The queue whose head arrived first, its dead entries removed. Looks at one head per pool."""
+        first: list[tuple[int, int, GroupRef]] | None = None
+        for verifier in verifiers:
+            pools = self._queues.get(verifier, {})
+            for pool in list(pools):
+                queue = pools[pool]
+                while queue and not self._waits(queue[0]):
+                    heapq.heappop(queue)
+                if not queue:
+                    del pools[pool]
+                elif pool not in excluded_pools and (first is None or queue[0][1] < first[0][1]):
+                    first = queue
+        return first
+
+    def _waits(self, entry: tuple[int, int, GroupRef]) -> bool:
+        item = self._items.get(entry[2])
+        return item is not None and item.arrival == entry[1] and not item.lease_id
+
+    def _fail(self, lease_id: str, returned: list[GroupRef], exhausted: list[GroupRef]) -> None:
+        lease = self._drop_lease(lease_id)
+        self._leased_count -= len(lease.items)
+        for item in lease.items.values():
+            item.lease_id = ""
+            item.attempts += lease.granted_count == 1
+            item.alone = True
+            if item.attempts >= item.ref.max_attempts:
+                self.finish(item.ref)
+                exhausted.append(item.ref)
+            else:
+                self._push(item)
+                returned.append(item.ref)
+
+    def _drop_lease(self, lease_id: str) -> _Lease:
+        lease = self._leases.pop(lease_id)
+        worker = self._workers.get(lease.worker_id)
+        if worker is not None:
+            del worker.leases[lease_id]
+        return lease
+
+
+def pending_groups(state: PoolState) -> tuple[GroupRef, ...]:
+    """What a pool needs verified: the groups of its open steps that have no verdicts, in manifest order."""
+    plan = state.spec.plan
+    return tuple(
+        GroupRef(
+            pool=state.pool,
+            step=step.step,
+            prompt_index=prompt_index,
+            roster_index=roster_index,
+            generation=1,
+            verifier=plan.verifiers[0].verifier,
+            max_attempts=plan.max_attempts,
+        )
+        for step in state.steps_in_order()
+        for prompt_index, roster_index in sorted(step.groups)
+        if not step.groups[prompt_index, roster_index].generation
+    )
