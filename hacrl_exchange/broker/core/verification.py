@@ -11,65 +11,28 @@ import heapq
 from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 
-from hacrl_exchange.broker.core.state import PoolState
+from hacrl_exchange.broker.core.leases import (
+    Failed,
+    GroupRef,
+    Lease,
+    Statistics,
+    WorkerInfo,
+    pending_groups,
+)
 from hacrl_exchange.errors import LeaseExpiredError, WorkerNotFoundError
+
+__all__ = [
+    "Failed",
+    "GroupRef",
+    "Lease",
+    "Statistics",
+    "VerificationQueue",
+    "WorkerInfo",
+    "pending_groups",
+]
 
 SILENT_LEASES = 3
 """A worker without an open call is dropped after so many lease timeouts without one."""
-
-
-@dataclass(frozen=True, slots=True)
-class GroupRef:
-    """A group to verify, and how many failed leases of it alone end it."""
-
-    pool: str
-    step: int
-    prompt_index: int
-    roster_index: int
-    generation: int
-    verifier: str
-    max_attempts: int
-
-
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """Groups given to a worker until a time."""
-
-    lease_id: str
-    worker_id: str
-    expires_at: float
-    items: tuple[GroupRef, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """What failed leases left: groups that wait again, groups that ran out of attempts (they are no longer
-    in the queue: record VERIFIER_ERROR for them), and workers that were dropped."""
-
-    returned: tuple[GroupRef, ...] = ()
-    exhausted: tuple[GroupRef, ...] = ()
-    dropped_workers: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerInfo:
-    """A registered worker."""
-
-    worker_id: str
-    identity: str
-    principal: str
-    verifiers: tuple[str, ...]
-    leased_group_count: int
-
-
-@dataclass(frozen=True, slots=True)
-class Statistics:
-    """Sizes of the queue."""
-
-    waiting_count: int
-    leased_count: int
-    lease_count: int
-    worker_count: int
 
 
 @dataclass(slots=True)
@@ -386,22 +349,3 @@ class VerificationQueue:
         if worker is not None:
             del worker.leases[lease_id]
         return lease
-
-
-def pending_groups(state: PoolState) -> tuple[GroupRef, ...]:
-    """What a pool needs verified: the groups of its open steps that have no verdicts, in manifest order."""
-    plan = state.spec.plan
-    return tuple(
-        GroupRef(
-            pool=state.pool,
-            step=step.step,
-            prompt_index=prompt_index,
-            roster_index=roster_index,
-            generation=1,
-            verifier=plan.verifiers[0].verifier,
-            max_attempts=plan.max_attempts,
-        )
-        for step in state.steps_in_order()
-        for prompt_index, roster_index in sorted(step.groups)
-        if not step.groups[prompt_index, roster_index].generation
-    )
