@@ -84,7 +84,6 @@ __all__ = [
     "step_name",
     "timestamp_from_proto",
     "timestamp_to_proto",
-    "timestamp_to_proto",
     "verdict_from_proto",
     "verdict_to_proto",
     "verifier_identity_from_proto",

@@ -11,7 +11,6 @@ from typing import TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from hacrl_exchange._pb import pool_pb2, prompt_pb2, rollout_pb2, step_pb2, verdict_pb2
 from hacrl_exchange.codec.names import (
@@ -83,12 +82,6 @@ def timestamp_to_proto(time_us: int) -> Timestamp:
 def duration_from_proto(duration: Duration) -> float:
     """A Duration in seconds."""
     return duration.seconds + duration.nanos / _NANOS
-
-
-def timestamp_to_proto(time_us: int) -> Timestamp:
-    """Microseconds since the epoch as a Timestamp."""
-    seconds, micros = divmod(time_us, 1_000_000)
-    return Timestamp(seconds=seconds, nanos=micros * 1000)
 
 
 def timestamp_from_proto(timestamp: Timestamp) -> int:
