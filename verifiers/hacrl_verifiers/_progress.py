@@ -1,0 +1,54 @@
+"""24 shared bytes through which a child says what it works on, at the price of a memory write.
+
+The supervisor thus knows, at any time and without a message, since when the current item runs. Times are
+CLOCK_MONOTONIC, which all processes of a machine share.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import time
+from dataclasses import dataclass
+
+# When it began, the first item, how many items. The time comes first: half-written it can only look younger.
+_LAYOUT = struct.Struct("@dQQ")
+
+WAITING = 2**64 - 1
+PREPARING = 2**64 - 2
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What the child works on: items first .. first + count - 1, or WAITING or PREPARING."""
+
+    began: float
+    first: int
+    count: int
+
+
+class Progress:
+    """The shared bytes, seen from either side."""
+
+    def __init__(self, fd: int) -> None:
+        self._memory = mmap.mmap(fd, _LAYOUT.size)
+
+    def mark(self, first: int, count: int) -> None:
+        """States what is worked on from now."""
+        _LAYOUT.pack_into(self._memory, 0, time.monotonic(), first, count)
+
+    def read(self) -> Mark:
+        """What is worked on; may be nonsense if the child has been taken over."""
+        return Mark(*_LAYOUT.unpack_from(self._memory))
+
+    def close(self) -> None:
+        """Unmaps the bytes."""
+        self._memory.close()
+
+
+def shared_memory() -> int:
+    """A descriptor of fresh shared bytes, for `Progress`."""
+    fd = os.memfd_create("hacrl-progress", os.MFD_CLOEXEC)
+    os.ftruncate(fd, _LAYOUT.size)
+    return fd
