@@ -82,7 +82,7 @@ class _PartKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PartKind.Val
     PART_KIND_LOGPROBS: _PartKind.ValueType  # 3
     """Per-token log-probs of all rollouts in order."""
     PART_KIND_META: _PartKind.ValueType  # 4
-    """A msgpack map of free metadata, at most 64 KiB decoded."""
+    """A msgpack list with one map or nil per rollout: free metadata, at most 64 KiB decoded."""
 
 class PartKind(_PartKind, metaclass=_PartKindEnumTypeWrapper):
     """What a part of a body holds."""
@@ -96,7 +96,7 @@ PART_KIND_TOKENS: PartKind.ValueType  # 2
 PART_KIND_LOGPROBS: PartKind.ValueType  # 3
 """Per-token log-probs of all rollouts in order."""
 PART_KIND_META: PartKind.ValueType  # 4
-"""A msgpack map of free metadata, at most 64 KiB decoded."""
+"""A msgpack list with one map or nil per rollout: free metadata, at most 64 KiB decoded."""
 Global___PartKind: _TypeAlias = PartKind  # noqa: Y015
 
 class _Compression:

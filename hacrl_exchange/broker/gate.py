@@ -8,20 +8,15 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
-import msgpack
 import numpy as np
 import numpy.typing as npt
 
 from hacrl_exchange._pb import rollout_pb2
 from hacrl_exchange._pb.rollout_pb2 import (
-    COMPRESSION_NONE,
-    COMPRESSION_ZSTD,
-    ELEMENT_TYPE_F16,
-    ELEMENT_TYPE_F32,
-    ELEMENT_TYPE_U32,
-    ELEMENT_TYPE_UNSPECIFIED,
     FINISH_REASON_LENGTH,
     FINISH_REASON_STOP,
     LOGPROB_ORIGIN_SAMPLER,
@@ -32,14 +27,13 @@ from hacrl_exchange._pb.rollout_pb2 import (
     PART_KIND_TOKENS,
 )
 from hacrl_exchange.broker.limits import Limits
-from hacrl_exchange.codec import decode_part, group_digest, logprob_sum_tolerance
+from hacrl_exchange.codec import decode_part, group_digest
+from hacrl_exchange.codec.bodies import logprob_sum_tolerance, metadata_of, numbers_of, texts_of
 from hacrl_exchange.errors import (
     CountMismatchError,
     InvalidEnvelopeError,
     InvalidLogprobError,
     PartTooLargeError,
-    PartUndecodableError,
-    SizeMismatchError,
     SumMismatchError,
     TooManyTokensError,
     UnsupportedEncodingError,
@@ -47,16 +41,7 @@ from hacrl_exchange.errors import (
 )
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
-_ELEMENT_TYPES: dict[int, tuple[int, ...]] = {
-    PART_KIND_TEXT: (ELEMENT_TYPE_UNSPECIFIED,),
-    PART_KIND_TOKENS: (ELEMENT_TYPE_U32,),
-    PART_KIND_LOGPROBS: (ELEMENT_TYPE_F16, ELEMENT_TYPE_F32),
-    PART_KIND_META: (ELEMENT_TYPE_UNSPECIFIED,),
-}
-_DTYPES: dict[int, np.dtype[np.float16] | np.dtype[np.float32]] = {
-    ELEMENT_TYPE_F16: np.dtype("<f2"),
-    ELEMENT_TYPE_F32: np.dtype("<f4"),
-}
+_KINDS = (PART_KIND_TEXT, PART_KIND_TOKENS, PART_KIND_LOGPROBS, PART_KIND_META)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +77,7 @@ def check_group(
     for info, stored in zip(envelope.parts, group.parts, strict=True):
         cap = limits.max_meta_size if info.kind == PART_KIND_META else limits.max_part_decoded_size
         decoded = decode_part(info, stored, max_decoded=cap)
-        _CHECKS[info.kind](envelope, info, decoded)
+        _check_body(envelope, info, decoded)
     return CheckedGroup(
         digest=group_digest(envelope),
         rollout_count=len(envelope.rollouts),
@@ -160,6 +145,9 @@ def _check_part_headers(group: rollout_pb2.Group, limits: Limits) -> None:
             f"The envelope describes {len(parts)} parts; {len(group.parts)} came with it."
         )
     kinds = [info.kind for info in parts]
+    unknown = next((kind for kind in kinds if kind not in _KINDS), None)
+    if unknown is not None:
+        raise UnsupportedEncodingError(f"This server does not read parts of kind {unknown}.", kind=unknown)
     if kinds != sorted(set(kinds)):
         raise InvalidEnvelopeError("The parts must be in ascending order of kind, each kind at most once.")
     if PART_KIND_TEXT not in kinds:
@@ -171,53 +159,36 @@ def _check_part_headers(group: rollout_pb2.Group, limits: Limits) -> None:
             size=stored_size,
             limit=limits.max_group_stored_size,
         )
-    for info, stored in zip(parts, group.parts, strict=True):
-        if info.element_type not in _ELEMENT_TYPES.get(info.kind, ()):
-            raise UnsupportedEncodingError(
-                f"This server does not read kind {info.kind} with element type {info.element_type}.",
-                kind=info.kind,
-                element_type=info.element_type,
-            )
-        if info.compression not in (COMPRESSION_NONE, COMPRESSION_ZSTD):
-            raise UnsupportedEncodingError(
-                f"Compression {info.compression} is not one this server reads.", compression=info.compression
-            )
-        if info.stored_size != len(stored):
-            raise SizeMismatchError(
-                f"A part states {info.stored_size} stored bytes and has {len(stored)}.", kind=info.kind
-            )
 
 
-def _check_text(envelope: rollout_pb2.Envelope, info: rollout_pb2.PartInfo, decoded: bytes) -> None:
-    try:
-        body = rollout_pb2.TextBody.FromString(decoded)
-    except Exception as error:  # protobuf raises DecodeError from private modules; any failure is the body's
-        raise PartUndecodableError(
-            "The text part is not a TextBody of valid UTF-8.", kind=info.kind
-        ) from error
-    if len(body.rollouts) != len(envelope.rollouts):
-        raise CountMismatchError(
-            f"The text part holds {len(body.rollouts)} texts for {len(envelope.rollouts)} rollouts.",
-            kind=info.kind,
-        )
-    for index, (text, rollout) in enumerate(zip(body.rollouts, envelope.rollouts, strict=True)):
-        if rollout.terminal_only and text.text:
-            raise CountMismatchError(f"Rollout {index} is terminal-only and yet has text.", rollout=index)
+def _check_body(envelope: rollout_pb2.Envelope, info: rollout_pb2.PartInfo, decoded: bytes) -> None:
+    """Checks a decoded part against what the envelope states of the rollouts."""
+    rollouts = envelope.rollouts
+    if info.kind == PART_KIND_TEXT:
+        for index, (text, rollout) in enumerate(
+            zip(texts_of((info, decoded), len(rollouts)), rollouts, strict=True)
+        ):
+            if rollout.terminal_only and text:
+                raise CountMismatchError(f"Rollout {index} is terminal-only and yet has text.", rollout=index)
+    elif info.kind == PART_KIND_META:
+        metadata_of((info, decoded), len(rollouts))
+    else:
+        ends = list(accumulate(rollout.token_count for rollout in rollouts))
+        values = numbers_of((info, decoded), ends)
+        if info.kind == PART_KIND_LOGPROBS and values is not None:
+            _check_logprobs(envelope, info, values.astype(np.float64), ends)
 
 
-def _check_tokens(envelope: rollout_pb2.Envelope, info: rollout_pb2.PartInfo, decoded: bytes) -> None:
-    _check_count(envelope, info, len(decoded), itemsize=4)
-
-
-def _check_logprobs(envelope: rollout_pb2.Envelope, info: rollout_pb2.PartInfo, decoded: bytes) -> None:
-    dtype = _DTYPES[info.element_type]
-    _check_count(envelope, info, len(decoded), itemsize=dtype.itemsize)
-    values: npt.NDArray[np.float64] = np.frombuffer(decoded, dtype=dtype).astype(np.float64)
+def _check_logprobs(
+    envelope: rollout_pb2.Envelope,
+    info: rollout_pb2.PartInfo,
+    values: npt.NDArray[np.float64],
+    ends: Sequence[int],
+) -> None:
     if not (np.isfinite(values).all() and (values <= 0).all()):
-        raise InvalidLogprobError("A log-prob is NaN, infinite or positive.")
-    ends = np.cumsum([rollout.token_count for rollout in envelope.rollouts])
-    sums = np.add.reduceat(values, np.concatenate(([0], ends[:-1])))
-    for index, (rollout, total) in enumerate(zip(envelope.rollouts, sums.tolist(), strict=True)):
+        raise InvalidLogprobError("A log-prob is NaN, infinite or positive; check how it was computed.")
+    sums: list[float] = np.add.reduceat(values, [0, *ends[:-1]]).tolist()
+    for index, (rollout, total) in enumerate(zip(envelope.rollouts, sums, strict=True)):
         tolerance = logprob_sum_tolerance(
             abs(rollout.logprob_sum), rollout.token_count, element_type=info.element_type
         )
@@ -227,34 +198,3 @@ def _check_logprobs(envelope: rollout_pb2.Envelope, info: rollout_pb2.PartInfo, 
                 f"{rollout.logprob_sum:.6g}.",
                 rollout=index,
             )
-
-
-def _check_count(
-    envelope: rollout_pb2.Envelope, info: rollout_pb2.PartInfo, size: int, *, itemsize: int
-) -> None:
-    stated = sum(rollout.token_count for rollout in envelope.rollouts)
-    if size != stated * itemsize:
-        raise CountMismatchError(
-            f"A part of kind {info.kind} holds {size / itemsize:g} elements for {stated} stated tokens.",
-            kind=info.kind,
-            tokens=stated,
-        )
-
-
-def _check_meta(envelope: rollout_pb2.Envelope, info: rollout_pb2.PartInfo, decoded: bytes) -> None:
-    try:
-        meta = msgpack.unpackb(decoded)
-    except Exception as error:  # msgpack documents no closed set; any failure is the body's
-        raise PartUndecodableError("The metadata part is not msgpack.", kind=info.kind) from error
-    if not isinstance(meta, list) or len(meta) != len(envelope.rollouts):
-        raise CountMismatchError(
-            "The metadata part must be a list with one entry per rollout.", kind=info.kind
-        )
-
-
-_CHECKS = {
-    PART_KIND_TEXT: _check_text,
-    PART_KIND_TOKENS: _check_tokens,
-    PART_KIND_LOGPROBS: _check_logprobs,
-    PART_KIND_META: _check_meta,
-}

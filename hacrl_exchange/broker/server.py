@@ -11,7 +11,8 @@ import contextlib
 import ipaddress
 import logging
 import signal
-from collections.abc import AsyncIterator, Callable
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,8 @@ _log = logging.getLogger(__name__)
 
 _STOP_GRACE_SECONDS = 3.0
 _GATE_THREADS = 2
+_MAX_SOCKET_PATH = 100
+"""The kernel allows 107 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,16 +92,17 @@ async def running(options: ServeOptions) -> AsyncIterator[str]:
     options.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     broker = await Broker.open(options.folder, limits=options.limits)
     identities = Identities()
-    with ThreadPoolExecutor(_GATE_THREADS, thread_name_prefix="gate") as gate_threads:
+    with contextlib.ExitStack() as stack:
+        gate_threads = stack.enter_context(ThreadPoolExecutor(_GATE_THREADS, thread_name_prefix="gate"))
         try:
             server, health = _server(broker, identities, gate_threads)
             port = _bind(server, options.listen)
-            socket = options.folder / "worker.sock"
-            server.add_insecure_port(f"unix:{socket.resolve()}")
+            socket = stack.enter_context(_worker_socket(options.folder))
+            server.add_insecure_port(f"unix:{socket}")
             socket.chmod(0o600)
             await server.start()
             workers = LocalWorkers(
-                f"unix:{socket.resolve()}",
+                f"unix:{socket}",
                 identities,
                 options=WorkerOptions(options.workers, options.slots, options.verifiers),
                 on_exit=broker.desk.local_worker_ended,
@@ -163,6 +167,17 @@ def _bind(server: grpc.aio.Server, listen: str) -> int:
             f"Cannot listen at {listen}: the port is in use or not allowed. Choose another one."
         ) from cause
     return port
+
+
+@contextlib.contextmanager
+def _worker_socket(folder: Path) -> Iterator[Path]:
+    """Where local workers connect: in the data folder, or in a temporary one if that path is too long."""
+    socket = folder.resolve() / "worker.sock"
+    if len(str(socket).encode()) <= _MAX_SOCKET_PATH:
+        yield socket
+        return
+    with tempfile.TemporaryDirectory(prefix="hacrl-") as short:
+        yield Path(short) / "worker.sock"
 
 
 def _loopback_host(listen: str) -> str:

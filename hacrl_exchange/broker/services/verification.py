@@ -178,14 +178,18 @@ class VerificationService(verification_service_pb2_grpc.VerificationServiceServi
         size = 0
         for number, (ref, at) in enumerate(work.groups):
             leased = await self._leased_group(worker, ref, at)
-            size += leased.ByteSize()
+            size += leased.ByteSize() + sum(
+                info.stored_size for info in leased.envelope.parts if info.kind in leased.part_kinds
+            )
             if number and size > self._broker.limits.delivery_message_size:
                 self._broker.desk.put_back([other for other, _ in work.groups[number:]])
                 break
             message.groups.append(leased)
+        await self._add_bodies(message, work)
         return message
 
     async def _leased_group(self, worker: str, ref: GroupRef, at: GroupAt) -> pb.LeasedGroup:
+        """A group as a worker gets it, still without the bytes of its parts."""
         pool = self._broker.pool(ref.pool)
         step = pool.runtime.state.open_steps.get(ref.step)
         opened = step if step is not None else await pool.history.opened(ref.step)
@@ -193,8 +197,6 @@ class VerificationService(verification_service_pb2_grpc.VerificationServiceServi
         kinds = {rollout_pb2.PART_KIND_TEXT}
         if ref.verifier in self._needs_tokens.get(worker, ()):
             kinds.add(rollout_pb2.PART_KIND_TOKENS)
-        indices = [index for index, info in enumerate(envelope.parts) if info.kind in kinds]
-        (bodies,) = await pool.history.bodies([(at.position, indices)])
         plan = pool.runtime.state.spec.plan
         prompt_id = opened.prompt_ids[ref.prompt_index]
         return pb.LeasedGroup(
@@ -205,9 +207,23 @@ class VerificationService(verification_service_pb2_grpc.VerificationServiceServi
             item_timeout=codec.duration_to_proto(plan.item_timeout_seconds),
             prompt=self._prompt(ref.pool, prompt_id),
             envelope=envelope,
-            parts=bodies,
-            part_kinds=[envelope.parts[index].kind for index in indices],
+            part_kinds=[info.kind for info in envelope.parts if info.kind in kinds],
         )
+
+    async def _add_bodies(self, message: pb.AcquireLeaseResponse, work: LeasedWork) -> None:
+        """Reads the parts of all groups at once, pool by pool."""
+        by_pool: dict[str, list[tuple[pb.LeasedGroup, int, list[int]]]] = {}
+        for leased, (ref, at) in zip(message.groups, work.groups, strict=False):
+            indices = [
+                index for index, info in enumerate(leased.envelope.parts) if info.kind in leased.part_kinds
+            ]
+            by_pool.setdefault(ref.pool, []).append((leased, at.position, indices))
+        for pool, wanted in by_pool.items():
+            bodies = await self._broker.pool(pool).history.bodies(
+                [(position, indices) for _, position, indices in wanted]
+            )
+            for (leased, _, _), parts in zip(wanted, bodies, strict=True):
+                leased.parts.extend(parts)
 
     def _prompt(self, pool: str, prompt_id: str) -> prompt_pb2.PromptEntry:
         entry = self._broker.pool(pool).prompts.entries.get(prompt_id)
