@@ -1,8 +1,8 @@
 """From a joint batch to a plan of updates: rewards, advantages, views, source means, order.
 
 Rewards are the pool's: a score at or above its success threshold is 1, any other score 0, and a rollout
-without a score is left out. Advantages are over all scored rollouts; what a learner then cannot read (see `views`) is
-missing from the loss alone, whose divisor stays the planned size.
+without a score is left out. Advantages are over all scored rollouts; what a learner then cannot read (see
+`views`) is missing from the loss alone, whose divisor stays the planned size.
 """
 
 from __future__ import annotations

@@ -61,9 +61,18 @@ class Trainer:
         self._clock = clock
 
     def run(
-        self, agent: Agent, *, on_step: Callable[[StepReport], None] = lambda report: None
+        self,
+        agent: Agent,
+        *,
+        on_step: Callable[[StepReport], None] = lambda report: None,
+        on_phase: Callable[[int, str], None] = lambda step, phase: None,
     ) -> TrainerState:
         """Trains until the pool ends or `settings.steps` are done, and returns where it stands.
+
+        Args:
+            agent: the membership; join with `resume_after=state.step`.
+            on_step: called with the report of every step.
+            on_phase: called with the step's number and what is being done now.
 
         Raises:
             ExchangeError: what the exchange refuses, except publishing too late, which costs only the step.
@@ -71,14 +80,21 @@ class Trainer:
         """
         if not self._is_done():
             for step in agent.steps():
-                on_step(self.train_step(agent, step))
+                on_step(self.train_step(agent, step, on_phase=on_phase))
                 if self._is_done():
                     break
         return self.state
 
-    def train_step(self, agent: Agent, step: Step) -> StepReport:
+    def train_step(
+        self,
+        agent: Agent,
+        step: Step,
+        *,
+        on_phase: Callable[[int, str], None] = lambda step, phase: None,
+    ) -> StepReport:
         """Takes part in one step, learns from it, writes a checkpoint if one is due, and reports."""
         started = self._clock()
+        on_phase(step.number, "sampling")
         prompt_ids = {
             prompt.prompt_id: encode_prompt(self.policy.tokenizer, prompt) for prompt in step.prompts
         }
@@ -94,10 +110,13 @@ class Trainer:
             settings=self.settings,
         )
         sampled = self._clock()
+        on_phase(step.number, "publishing")
         _publish(agent, groups)
         published = self._clock()
+        on_phase(step.number, "waiting for verdicts and peers")
         batch = step.joint_batch()
         received = self._clock()
+        on_phase(step.number, "training")
         lesson, updated, rate = self._learn(agent, batch, prompt_ids, groups.own)
         trained = self._clock()
         self._save_if_due()
