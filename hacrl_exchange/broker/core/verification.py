@@ -95,8 +95,11 @@ class VerificationQueue:
     def register(
         self, worker_id: str, *, identity: str, verifiers: Iterable[str], principal: str, now: float
     ) -> None:
-        """Introduces a worker under an id that the caller made up."""
-        self._workers[worker_id] = _Worker(identity, principal, tuple(verifiers), now)
+        """Introduces a worker under an id that the caller made up; the same id again keeps its leases."""
+        worker = self._workers.get(worker_id)
+        leases = worker.leases if worker else {}
+        open_waits = worker.open_waits if worker else 0
+        self._workers[worker_id] = _Worker(identity, principal, tuple(verifiers), now, open_waits, leases)
 
     def touch(self, worker_id: str, *, now: float) -> None:
         """Notes a call of a worker.
@@ -136,16 +139,17 @@ class VerificationQueue:
 
     def workers(self) -> tuple[WorkerInfo, ...]:
         """The registered workers by id."""
-        return tuple(
-            WorkerInfo(
-                worker_id,
-                worker.identity,
-                worker.principal,
-                worker.verifiers,
-                sum(len(self._leases[lease_id].items) for lease_id in worker.leases),
-            )
-            for worker_id, worker in sorted(self._workers.items())
-        )
+        return tuple(self.worker(worker_id) for worker_id in sorted(self._workers))
+
+    def worker(self, worker_id: str) -> WorkerInfo:
+        """One registered worker.
+
+        Raises:
+            WorkerNotFoundError: as `touch`.
+        """
+        worker = self._worker(worker_id)
+        leased = sum(len(self._leases[lease_id].items) for lease_id in worker.leases)
+        return WorkerInfo(worker_id, worker.identity, worker.principal, worker.verifiers, leased)
 
     def verifier_alive(self, verifier: str, *, now: float) -> bool:
         """Some worker that is not silent offers the verifier."""
@@ -234,18 +238,27 @@ class VerificationQueue:
         del refs[ref]
         if not refs:
             del self._by_step[ref.pool, ref.step]
-        lease = self._leases.get(item.lease_id)
-        if lease is not None:
-            del lease.items[ref]
-            self._leased_count -= 1
-            if not lease.items:
-                self._drop_lease(item.lease_id)
+        if item.lease_id:
+            self._take_out(item)
         return True
+
+    def put_back(self, ref: GroupRef) -> None:
+        """A leased group was not worked on after all: it waits in its old place, attempts as before."""
+        item = self._items.get(ref)
+        if item is not None and item.lease_id:
+            self._leases[item.lease_id].granted_count -= 1
+            self._take_out(item)
+            self._push(item)
 
     def remove_step(self, pool: str, step: int) -> None:
         """Forgets the groups of a closed step; leases on them end."""
         for ref in list(self._by_step.get((pool, step), ())):
             self.finish(ref)
+
+    def remove_pool(self, pool: str) -> None:
+        """Forgets every group of a pool; a pool that was folded again adds what it still needs."""
+        for name, step in [key for key in self._by_step if key[0] == pool]:
+            self.remove_step(name, step)
 
     # --- time --------------------------------------------------------------------------------------
 
@@ -342,6 +355,14 @@ class VerificationQueue:
             else:
                 self._push(item)
                 returned.append(item.ref)
+
+    def _take_out(self, item: _Item) -> None:
+        lease_id, item.lease_id = item.lease_id, ""
+        lease = self._leases[lease_id]
+        del lease.items[item.ref]
+        self._leased_count -= 1
+        if not lease.items:
+            self._drop_lease(lease_id)
 
     def _drop_lease(self, lease_id: str) -> _Lease:
         lease = self._leases.pop(lease_id)
