@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import zstandard
 from google.rpc import error_details_pb2
-from rawdesk import Desk
 
 from hacrl_exchange._pb import exchange_service_pb2, rollout_pb2
 from hacrl_exchange.errors import InvalidRequestError, PoolNotFoundError
 from hacrl_exchange.status import from_rpc_error
+from rawdesk import Desk
 
 TEXT, TOKENS, LOGPROBS = 0, 1, 2
 
@@ -202,7 +202,7 @@ def reason_of(result: exchange_service_pb2.PublishResult) -> str:
     assert detail.Unpack(info)
     assert info.domain == "hacrl.exchange"
     assert result.error.message.endswith(".")
-    return info.reason
+    return str(info.reason)
 
 
 def test_each_bad_group_gets_its_reason_alone_and_the_others_of_the_call_are_accepted(joined: Desk) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -109,7 +110,7 @@ def test_a_newer_session_supersedes_an_older_one_in_every_call(desk: Desk) -> No
     desk.join("a", instance="old")
     old = desk.caller("a")
     desk.join("a", instance="new")
-    calls = {
+    calls: dict[str, Callable[[], object]] = {
         "publish": lambda: desk.exchange.PublishGroups(
             exchange_service_pb2.PublishGroupsRequest(
                 pool=desk.pool, caller=old, groups=[desk.encoded("a", "q0")]

@@ -203,6 +203,8 @@ class ExchangeService(exchange_service_pb2_grpc.ExchangeServiceServicer):
     async def AckStep(self, request: pb.AckStepRequest, context: Context) -> pb.AckStepResponse:
         pool = self._pool(request.pool, field="pool")
         caller = request.caller
+        if request.step < 1:
+            raise InvalidRequestError(f"step must be at least 1; it is {request.step}.", field="step")
         await pool.runtime.submit(Ack(agent=caller.agent, session=caller.session, step=request.step))
         return pb.AckStepResponse()
 
