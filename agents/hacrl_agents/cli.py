@@ -56,7 +56,8 @@ def agent(
     """Train a model in a pool, together with the models of others.
 
     Every step this agent answers the pool's prompts, publishes its answers, gets those of the others with
-    their verdicts, and learns from all. Stopped in any way, the same command goes on from its last checkpoint.
+    their verdicts, and learns from all. Stopped in any way, the same command goes on from its last
+    checkpoint.
     """
     with _failing_in_one_sentence("hacrl agent"):
         settings = TrainerSettings(
