@@ -96,8 +96,10 @@ class VerificationService(verification_service_pb2_grpc.VerificationServiceServi
         self, request: pb.ReportVerdictsRequest, context: Context
     ) -> pb.ReportVerdictsResponse:
         desk = self._broker.desk
-        if not request.reports:
-            raise InvalidRequestError("reports must hold at least one report.", field="reports")
+        if not request.reports or not request.lease:
+            raise InvalidRequestError(
+                "reports must hold at least one report, and lease the id it was acquired under.", field="reports"
+            )
         desk.touch(request.worker)
         identity = desk.identity(request.worker)
         response = pb.ReportVerdictsResponse()
