@@ -61,7 +61,9 @@ class Log(Protocol):
     def find(self, stream: str, prefix: str) -> list[StoredEntry]:
         """Entries whose key starts with a prefix, ordered by key, then position."""
 
-    def read_bodies(self, stream: str, wanted: Sequence[tuple[int, Sequence[int]]]) -> list[tuple[bytes, ...]]:
+    def read_bodies(
+        self, stream: str, wanted: Sequence[tuple[int, Sequence[int]]]
+    ) -> list[tuple[bytes, ...]]:
         """For each (position, indices of bodies): those bodies.
 
         Raises:
