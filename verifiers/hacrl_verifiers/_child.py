@@ -11,9 +11,9 @@ import math
 import os
 import signal
 import socket
-import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from time import monotonic
 from typing import Any, NoReturn, TypeAlias
 
 from hacrl_exchange.types import Message, Prompt, VerdictReason
@@ -74,7 +74,7 @@ def _run_job(
     """Runs the items in chunks. `single` sends each result before the next item starts."""
     results: list[_Wire] = []
     first = done = 0
-    flushed = time.monotonic()
+    flushed = monotonic()
     while batch := _take(items, chunk):
         progress.mark(done, len(batch))
         results += run(batch)
@@ -82,9 +82,9 @@ def _run_job(
             os._exit(0)  # the verifier forked and came back twice: one of us answers
         signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm left behind would hit the next item
         done += len(batch)
-        if single or len(results) >= _FLUSH_COUNT or time.monotonic() - flushed > _FLUSH_SECONDS:
+        if single or len(results) >= _FLUSH_COUNT or monotonic() - flushed > _FLUSH_SECONDS:
             connection.sendall(_frames.encode([number, first, results]))
-            results, first, flushed = [], done, time.monotonic()
+            results, first, flushed = [], done, monotonic()
     if results:
         connection.sendall(_frames.encode([number, first, results]))
 

@@ -1,4 +1,4 @@
-"""What a worker has in hand: leases, their groups, how much more to take. Knows no gRPC, starts no process."""
+"""What a worker has in hand: leases, their groups, how much to take. Knows no gRPC, starts no process."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from hacrl_exchange.client.worker import LeasedGroup
 from hacrl_verifiers.isolation import Job, Responses
 from hacrl_verifiers.results import Judgement
 
@@ -20,30 +21,16 @@ _SMOOTHING = 0.2
 
 
 @dataclass(frozen=True, slots=True)
-class WorkGroup:
-    """One leased group, decoded. Without `responses` it cannot be verified here; `problem` says why."""
-
-    name: str
-    generation: int
-    verifier: str
-    config_json: str
-    item_timeout_seconds: float
-    rollout_count: int
-    responses: Responses | None
-    problem: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class Task:
     """Groups of one lease that one slot runs as one job."""
 
     lease: str
-    groups: tuple[WorkGroup, ...]
+    groups: tuple[LeasedGroup, ...]
 
     def job(self) -> Job:
         """The job for the child."""
         first = self.groups[0]
-        responses = tuple(group.responses for group in self.groups if group.responses is not None)
+        responses = tuple(_responses(group) for group in self.groups)
         return Job(first.verifier, first.config_json, first.item_timeout_seconds, responses)
 
 
@@ -52,7 +39,7 @@ class Finished:
     """A group with its judgements, ready to be reported."""
 
     lease: str
-    group: WorkGroup
+    group: LeasedGroup
     judgements: tuple[Judgement, ...]
 
 
@@ -71,7 +58,7 @@ class _Pace:
 
 @dataclass(slots=True)
 class _Lease:
-    waiting: deque[WorkGroup] = field(default_factory=deque)
+    waiting: deque[LeasedGroup] = field(default_factory=deque)
     unreported: int = 0
 
 
@@ -101,7 +88,7 @@ class WorkInHand:
                 self._changed.wait()
             return 0
 
-    def add(self, lease: str, groups: Sequence[WorkGroup], *, finished: Sequence[Finished] = ()) -> None:
+    def add(self, lease: str, groups: Sequence[LeasedGroup], *, finished: Sequence[Finished] = ()) -> None:
         """Takes a lease in hand: groups to verify, and groups that are judged already."""
         with self._changed:
             if groups or finished:
@@ -190,7 +177,7 @@ class WorkInHand:
             self._acquiring = False
             self._changed.notify_all()
 
-    def _take(self, waiting: deque[WorkGroup]) -> list[WorkGroup]:
+    def _take(self, waiting: deque[LeasedGroup]) -> list[LeasedGroup]:
         """The first groups that fit one job: same verifier, configuration and deadline."""
         # Groups still waiting are shared among the slots before they are bundled.
         share = -(-len(waiting) // self._slots)
@@ -205,9 +192,16 @@ class WorkInHand:
         return taken
 
 
-def _kind(group: WorkGroup) -> tuple[str, str, float]:
+def _kind(group: LeasedGroup) -> tuple[str, str, float]:
     return group.verifier, group.config_json, group.item_timeout_seconds
 
 
-def _size(group: WorkGroup) -> int:
-    return sum(map(len, group.responses.texts)) if group.responses else 0
+def _size(group: LeasedGroup) -> int:
+    return sum(len(rollout.text) for rollout in group.rollouts)
+
+
+def _responses(group: LeasedGroup) -> Responses:
+    texts = tuple(rollout.text for rollout in group.rollouts)
+    tokens = tuple(rollout.token_ids for rollout in group.rollouts if rollout.token_ids is not None)
+    whole = tokens if len(tokens) == len(texts) else ()
+    return Responses(group.prompt.prompt, group.prompt.reference_json, texts, whole)

@@ -33,9 +33,9 @@ PREPARE_SECONDS = 60.0
 _FREE_RETRIES = 3
 _CHUNK = 1 << 18
 _EXPIRED = Judgement(
-    Unscored(UnscoredKind.TIMEOUT, VerdictReason.ITEM_DEADLINE),
-    "The item ran past its deadline and was killed.",
+    Unscored(UnscoredKind.TIMEOUT, VerdictReason.ITEM_DEADLINE), "The item ran past its deadline: killed."
 )
+_DIED = failed(VerdictReason.CRASHED, "The process that ran the verifier died.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class _End(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
-    """The end of a pass; what was running then (positions within the pass); the refusal's text."""
+    """The end of a pass; what was running then (positions within the pass); the text of a refusal."""
 
     end: _End
     mark: Mark
@@ -161,12 +161,15 @@ class Slot:
                 break
             if not missing:
                 continue
-            blameless = done.mark.first == WAITING or self._orphaned()
+            # A mark that contradicts the results is a lie: then the items are to blame after all.
+            started = len(missing) < len(items)
+            unstarted = done.mark.first == WAITING and not started
+            blameless = unstarted or self._orphaned()
             self.release()
             if blameless and free_retries:
                 free_retries -= 1
-                queue.appendleft((missing, single))
-            elif done.mark.first in (WAITING, PREPARING):
+                queue.appendleft((missing, single or unstarted))
+            elif done.mark.first == PREPARING and not started:
                 text = f"{job.verifier} could not be prepared: its process died or took too long."
                 _settle(results, failed(VerdictReason.VERIFIER_UNAVAILABLE, text))
                 break
@@ -203,7 +206,7 @@ class Slot:
             # Never longer than an item may take: the child may start one right after we looked.
             if not poller.poll(max(min(wait, job.item_timeout_seconds), 0) * 1000):
                 # Read again: the item may have ended while the poll did.
-                if wait <= 0 and child.progress.read() == mark:
+                if wait <= 0 and (child.progress.read() == mark or time.monotonic() >= give_up):
                     return _Pass(_End.EXPIRED, mark)
                 continue
             data = child.connection.recv(_CHUNK)
@@ -235,19 +238,16 @@ def _after_fault(
 ) -> list[tuple[list[int], bool]]:
     """Settles the item to blame if it is known. Returns what is left to run, the last part first."""
     expired = done.end is _End.EXPIRED
-    running = set(items[done.mark.first : done.mark.first + done.mark.count])
-    blamed = [item for item in missing if item in running] if expired else missing[:1]
-    if len(blamed) == 1 and (expired or single):
-        if expired:
-            results[blamed[0]] = _EXPIRED
-        else:
-            results[blamed[0]] = failed(VerdictReason.CRASHED, "The process that ran the verifier died.")
-        rest = [item for item in missing if item != blamed[0]]
+    running = set(items[done.mark.first : done.mark.first + done.mark.count]).intersection(missing)
+    blamed = next(iter(running)) if expired and len(running) == 1 else missing[0] if single else None
+    if blamed is not None:
+        results[blamed] = _EXPIRED if expired else _DIED
+        rest = [item for item in missing if item != blamed]
         return [(rest, single)] if rest else []
-    # Results on their way died with the child: the item to blame is the running one or one not yet reported.
+    # Results on their way died with the child: the item to blame is a running one or one not yet reported.
     last = max(running, default=missing[-1])
-    suspects = [item for item in missing if item <= last] or missing
-    others = [item for item in missing if item not in set(suspects)]
+    suspects = [item for item in missing if item <= last]
+    others = [item for item in missing if item > last]
     return ([(others, False)] if others else []) + [(suspects, True)]
 
 
@@ -258,9 +258,10 @@ def _settle(results: list[Judgement | None], judgement: Judgement) -> None:
 
 
 def _deadline(mark: Mark, item_timeout_seconds: float) -> float:
-    """When the supervisor loses patience. A time from the future, which only a lie can be, means now."""
+    """When the supervisor loses patience: at once if the mark is a lie (the future, or no time at all)."""
+    now = time.monotonic()
     allowed = PREPARE_SECONDS if mark.first in (WAITING, PREPARING) else item_timeout_seconds
-    return min(mark.began, time.monotonic()) + allowed
+    return mark.began + allowed if mark.began <= now else now
 
 
 def _packed(job: Job, items: list[int]) -> list[list[Any]]:

@@ -11,10 +11,10 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeVar
 
+from hacrl_exchange.client.worker import Lease, OfferedVerifier, VerdictReport, WorkerRegistration
 from hacrl_exchange.errors import (
     BrokerStoppingError,
     ExchangeError,
@@ -25,9 +25,9 @@ from hacrl_exchange.errors import (
     WorkerNotFoundError,
 )
 from hacrl_exchange.types import Unscored, UnscoredKind, VerdictReason, VerifierIdentity
-from hacrl_verifiers._work import Finished, Task, WorkGroup, WorkInHand
+from hacrl_verifiers._work import Finished, Task, WorkInHand
 from hacrl_verifiers.api import config_digest
-from hacrl_verifiers.isolation import IsolationError, Offered, Pool, Slot
+from hacrl_verifiers.isolation import IsolationError, Pool, Slot
 from hacrl_verifiers.results import Judgement, clipped
 
 _log = logging.getLogger("hacrl.worker")
@@ -45,39 +45,21 @@ _PASSING = (UnreachableError, BrokerStoppingError, LogFailedError, OverloadedErr
 _Answer = TypeVar("_Answer")
 
 
-@dataclass(frozen=True, slots=True)
-class Registration:
-    """The broker's answer to a registration."""
-
-    worker: str
-    lease_timeout_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """The verdicts of one group. `details` is empty or has one text per rollout."""
-
-    group: str
-    generation: int
-    verifier: VerifierIdentity
-    judgements: tuple[Judgement, ...]
-
-
 class Broker(Protocol):
-    """What a worker asks of the broker. Every method may raise ExchangeError."""
+    """What a worker asks of the broker; a WorkerClient. Every method may raise ExchangeError."""
 
-    def register(self, identity: str, *, offered: Sequence[Offered]) -> Registration:
+    def register(self, identity: str, *, offered: Sequence[OfferedVerifier]) -> WorkerRegistration:
         """Introduces the worker."""
 
-    def acquire(
-        self, worker: str, *, max_groups: int, wait_seconds: float
-    ) -> tuple[str, list[WorkGroup]] | None:
-        """A lease and its groups, or None if the wait ran out."""
+    def acquire(self, worker: str, *, max_groups: int, wait_seconds: float) -> Lease | None:
+        """A lease, or None if the wait ran out."""
 
-    def renew(self, worker: str, *, lease: str) -> None:
+    def renew(self, worker: str, *, lease: str) -> float:
         """Extends a lease."""
 
-    def report(self, worker: str, *, lease: str, reports: Sequence[Report]) -> list[ExchangeError | None]:
+    def report(
+        self, worker: str, *, lease: str, reports: Sequence[VerdictReport]
+    ) -> Sequence[ExchangeError | None]:
         """Reports verdicts; one answer per report."""
 
 
@@ -98,7 +80,7 @@ class Worker:
         self._stopping = threading.Event()
         self._closing = threading.Event()
         self._registering = threading.Lock()
-        self._registration: Registration | None = None
+        self._registration: WorkerRegistration | None = None
         self._error: Exception | None = None
 
     def stop(self) -> None:
@@ -150,21 +132,22 @@ class Worker:
                 self._forget(worker)
                 continue
             if leased is not None:
-                self._take_in_hand(*leased)
+                self._take_in_hand(leased)
             elif self._once:
                 self.stop()
 
-    def _take_in_hand(self, lease: str, groups: Sequence[WorkGroup]) -> None:
+    def _take_in_hand(self, lease: Lease) -> None:
         runnable, refused = [], []
-        for group in groups:
-            problem = group.problem
-            if not problem and group.verifier not in self._offered:
+        for group in lease.groups:
+            if group.problem is not None:
+                problem = str(group.problem)
+            elif group.verifier not in self._offered:
                 problem = f"This worker does not offer the verifier {group.verifier!r}."
-            if problem:
-                refused.append(Finished(lease, group, (_unavailable(problem),) * group.rollout_count))
             else:
                 runnable.append(group)
-        self._hand.add(lease, runnable, finished=refused)
+                continue
+            refused.append(Finished(lease.lease, group, (_unavailable(problem),) * group.rollout_count))
+        self._hand.add(lease.lease, runnable, finished=refused)
 
     def _verify(self, slot: Slot) -> None:
         while (task := self._hand.next_task()) is not None:
@@ -222,11 +205,13 @@ class Worker:
 
     # registration and calls
 
-    def _registered(self) -> Registration:
+    def _registered(self) -> WorkerRegistration:
         """The present registration; makes one if there is none."""
         with self._registering:
             if self._registration is None:
-                offered = tuple(self._offered.values())
+                offered = [
+                    OfferedVerifier(one.name, one.version, one.needs_tokens) for one in self._offered.values()
+                ]
                 self._registration = self._patiently(
                     lambda: self._broker.register(self._identity, offered=offered), until=self._stopping
                 )
@@ -286,12 +271,17 @@ class Worker:
         thread.start()
         return thread
 
-    def _as_report(self, finished: Finished) -> Report:
-        group = finished.group
+    def _as_report(self, finished: Finished) -> VerdictReport:
+        group, judgements = finished.group, finished.judgements
         offered = self._offered.get(group.verifier)
         version = offered.version if offered else "unavailable"
-        identity = VerifierIdentity(group.verifier, version, config_digest(group.config_json))
-        return Report(group.name, group.generation, identity, finished.judgements)
+        return VerdictReport(
+            group=group.name,
+            generation=group.generation,
+            verifier=VerifierIdentity(group.verifier, version, config_digest(group.config_json)),
+            verdicts=tuple(judgement.verdict for judgement in judgements),
+            details=tuple(one.detail for one in judgements) if any(one.detail for one in judgements) else (),
+        )
 
 
 def _unavailable(problem: str) -> Judgement:
