@@ -17,9 +17,11 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from hacrl_exchange.broker.log import Entry, StoredEntry
-from hacrl_exchange.broker.segments import SEGMENT_BYTES, Files, OsFiles, Range, read_ranges
+from hacrl_exchange.broker.segments import SEGMENT_BYTES, Files, Location, OsFiles, Range, read_ranges
 from hacrl_exchange.broker.sqlite_schema import (
+    DATABASE_NAME,
     SEGMENTS_NAME,
+    check_version,
     collect_orphans,
     connect_for_reading,
     connect_for_writing,
@@ -31,6 +33,26 @@ from hacrl_exchange.errors import CorruptLogError, LogFailedError, StepRetiredEr
 _READ_ROWS = 512
 _STREAM_NAME = re.compile(r"^[a-z0-9_][a-z0-9_-]{0,127}$")  # also the name of a folder
 _ID = "(SELECT id FROM streams WHERE name = ?)"
+
+
+def open_for_reading(folder: Path) -> SqliteReader:
+    """Reads the data folder of a broker, running or not.
+
+    Raises:
+        LogFailedError: there is none, or it cannot be read.
+        DatabaseTooNewError: a newer version wrote it.
+    """
+    path = folder / DATABASE_NAME
+    if not path.is_file():
+        raise LogFailedError(
+            f"{folder} is no data folder of a broker: there is no {path.name}.", folder=folder
+        )
+    try:
+        with contextlib.closing(connect_for_reading(folder)) as connection:
+            check_version(connection, path)
+    except sqlite3.Error as error:
+        raise LogFailedError(f"{path} cannot be read ({error}).", folder=folder) from error
+    return SqliteReader(folder)
 
 
 def open_sqlite_log(
@@ -170,6 +192,25 @@ class SqliteReader:
             query = f"SELECT position, payload FROM snapshots WHERE stream = {_ID}"
             row = connection.execute(query, (stream,)).fetchone()
         return (int(row[0]), bytes(row[1])) if row else None
+
+    def extent(self, stream: str) -> tuple[int, dict[int, int]]:
+        """The last position, and the committed end of each segment that is not retired, as of one moment."""
+        query = (
+            f"SELECT (SELECT COALESCE(MAX(position), 0) FROM records WHERE stream = {_ID}),"
+            f" (SELECT json_group_array(json_array(number, end)) FROM segments WHERE stream = {_ID})"
+        )
+        with self._connection() as connection:
+            position, ends = connection.execute(query, (stream, stream)).fetchone()
+        return position, {number: end for number, end in json.loads(ends)}
+
+    def places(self, stream: str, positions: Sequence[int]) -> dict[int, Location]:
+        """Where the bodies of records lie; not for those that have none."""
+        placed, _ = self._places(stream, positions)
+        return {
+            position: Location(segment, offset)
+            for position, (segment, offset, _) in placed.items()
+            if segment
+        }
 
     def close(self) -> None:
         """Lets go of the database; a call under way in another thread ends first by itself."""
