@@ -5,7 +5,7 @@ A process of its own can load this file with runpy; so it imports nothing from p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import pytest
@@ -13,11 +13,14 @@ import pytest
 from hacrl_exchange.broker.core import timers
 from hacrl_exchange.broker.core.pool import decide, evolve, record_time_us
 from hacrl_exchange.broker.core.records import (
+    Ack,
     CloseStep,
     Command,
     CreatePool,
     EndPublishing,
+    GroupAccepted,
     Join,
+    Leave,
     MemberJoined,
     OpenStep,
     PublishGroup,
@@ -25,9 +28,22 @@ from hacrl_exchange.broker.core.records import (
     RecordBody,
     RecordVerdicts,
     RetireSteps,
+    StepClosed,
+    StepOpened,
+    StoredGroup,
+    Touch,
+    VerdictsRecorded,
 )
 from hacrl_exchange.broker.core.schedule import epoch_order
 from hacrl_exchange.broker.core.state import PoolState
+from hacrl_exchange.broker.core.verification import GroupRef, Lease, VerificationQueue, pending_groups
+from hacrl_exchange.broker.record_codec import (
+    decode_record,
+    encode_record,
+    snapshot_from_bytes,
+    snapshot_to_bytes,
+)
+from hacrl_exchange.errors import ExchangeError
 from hacrl_exchange.types import (
     Lockstep,
     ModelSpec,
@@ -167,6 +183,291 @@ class World:
         self.settle()
 
 
+class Chaos:
+    """Agents, workers and a broker that do anything in any order, with what must hold after every move.
+
+    A move is (name, who, number), so that a run is plain numbers and can be repeated in another process.
+    """
+
+    AGENTS = ("a", "b", "c", "d")
+    OWNERS = ("alice", "alice", "bob", "local")
+
+    def __init__(self, spec: PoolSpec) -> None:
+        self.world = World(spec, prompt_count=7)
+        self.queue = self.fresh_queue()
+        self.leases: list[Lease] = []
+        self.commands: list[PublishGroup] = []
+        self.lease_count = 0
+        self.refusals: list[str] = []
+        self.outages = 0
+
+    def run(self, moves: Iterable[tuple[str, int, int]]) -> None:
+        """Makes moves; checks after each."""
+        for name, who, number in moves:
+            move: Callable[[str, int], None] = getattr(self, name)
+            move(self.AGENTS[who % len(self.AGENTS)], number)
+            self.settle()
+            self.check()
+
+    def send(self, command: Command) -> RecordBody | None:
+        """A command; a refusal, or nothing to record, leaves the state as it was to the byte."""
+        before = snapshot_to_bytes(self.world.state)
+        try:
+            body = self.world.send(command)
+        except ExchangeError as error:
+            self.refusals.append(error.reason)
+            body = None
+        if body is None:
+            assert snapshot_to_bytes(self.world.state) == before
+        if isinstance(body, GroupAccepted):
+            self.requeue()
+        return body
+
+    def settle(self) -> None:
+        """The broker's timers."""
+        alive = self.queue.verifier_alive("exact_match", now=self.seconds())
+        for body in self.world.settle(verifier_alive=alive):
+            if isinstance(body, StepClosed):
+                self.queue.remove_step("sums", body.step)
+
+    def seconds(self) -> float:
+        return (self.world.now_us - START_US) / SECOND
+
+    def fresh_queue(self) -> VerificationQueue:
+        queue = VerificationQueue(lease_seconds=10.0)
+        for worker in ("w0", "w1"):
+            queue.register(
+                worker, identity=worker, verifiers=("exact_match",), principal="", now=self.seconds()
+            )
+        return queue
+
+    def requeue(self) -> None:
+        for ref in pending_groups(self.world.state):
+            self.queue.add(ref)
+
+    def own_group(self, agent: str, number: int) -> PublishGroup | None:
+        """A group for some open step: of a member's newest session, on the roster or not."""
+        steps = list(self.world.state.steps_in_order())
+        if not steps or agent not in self.world.state.members:
+            return None
+        step = steps[number % len(steps)]
+        return self.world.publish_command(agent, number % len(step.prompt_ids), step=step.step)
+
+    # --- moves ---
+
+    def join(self, agent: str, number: int) -> None:
+        self.world.instances += 1
+        self.send(Join(agent, self.owner(agent), f"life-{self.world.instances}", ModelSpec()))
+
+    def rejoin(self, agent: str, number: int) -> None:
+        member = self.world.state.members.get(agent)
+        instance = member.instance if member else "first"
+        self.send(Join(agent, self.owner(agent), instance, ModelSpec()))
+
+    def steal(self, agent: str, number: int) -> None:
+        self.send(
+            Join(
+                agent, "mallory" if agent in self.world.state.members else self.owner(agent), "x", ModelSpec()
+            )
+        )
+
+    def owner(self, agent: str) -> str:
+        return self.OWNERS[self.AGENTS.index(agent)]
+
+    def session(self, agent: str, number: int) -> int:
+        """Mostly the newest session, sometimes an older one or one that never was."""
+        member = self.world.state.members.get(agent)
+        newest = member.session if member else 0
+        return newest + (0, 0, 0, -1, 1)[number % 5]
+
+    def touch(self, agent: str, number: int) -> None:
+        self.send(Touch(agent, self.session(agent, number)))
+
+    def leave(self, agent: str, number: int) -> None:
+        self.send(Leave(agent, self.session(agent, number)))
+
+    def publish(self, agent: str, number: int) -> None:
+        command = self.own_group(agent, number)
+        if command is not None:
+            self.commands.append(command)
+            self.send(command)
+
+    def publish_all(self, agent: str, number: int) -> None:
+        for step in list(self.world.state.open_steps):
+            for index in range(self.world.state.spec.lockstep.prompts_per_step):
+                if agent in self.world.state.members:
+                    self.send(self.world.publish_command(agent, index, step=step))
+
+    def repeat(self, agent: str, number: int) -> None:
+        if self.commands:
+            self.send(self.looked_up(self.commands[-1 - number % len(self.commands)]))
+
+    def differ(self, agent: str, number: int) -> None:
+        if self.commands:
+            command = self.looked_up(self.commands[-1 - number % min(4, len(self.commands))])
+            self.send(replace(command, digest=b"another"))
+
+    def looked_up(self, command: PublishGroup) -> PublishGroup:
+        """With what the log's index would know of the slot, if its step is closed."""
+        prompts = {
+            r.body.step: r.body.prompt_ids for r in self.world.records if isinstance(r.body, StepOpened)
+        }
+        if command.step in self.world.state.open_steps or command.step not in prompts:
+            return command
+        for record in self.world.records:
+            body = record.body
+            if not isinstance(body, GroupAccepted) or body.step != command.step:
+                continue
+            if body.digest == command.digest and prompts[body.step][body.prompt_index] == command.prompt_id:
+                return replace(command, stored=StoredGroup(body.digest, body.session, body.rollout_count))
+        return command
+
+    def zombie(self, agent: str, number: int) -> None:
+        command = self.own_group(agent, number)
+        if command is not None:
+            self.send(replace(command, session=command.session - 1, digest=b"zombie"))
+
+    def late(self, agent: str, number: int) -> None:
+        """A publish whose clock stands beyond the deadline, before the broker took notice."""
+        command = self.own_group(agent, number)
+        wake = timers.wake_us(self.world.state)
+        if command is not None and wake is not None:
+            self.world.now_us = max(self.world.now_us, wake)
+            self.send(replace(command, digest=b"late"))
+
+    def work(self, agent: str, number: int) -> None:
+        self.lease_count += 1
+        worker = f"w{number % 2}"
+        self.queue.register(
+            worker, identity=worker, verifiers=("exact_match",), principal="", now=self.seconds()
+        )
+        lease = self.queue.acquire(
+            worker, lease_id=f"lease-{self.lease_count}", max_groups=1 + number % 3, now=self.seconds()
+        )
+        if lease is not None:
+            self.leases.append(lease)
+
+    def report(self, agent: str, number: int) -> None:
+        """Reports some lease, perhaps one that ran out, was reported before or outlived its broker."""
+        if not self.leases:
+            return
+        for ref in self.leases[number % len(self.leases)].items:
+            outcomes: tuple[Verdict, ...] = (Scored(1.0), Unscored(UnscoredKind.VERIFIER_ERROR), Scored(0.0))
+            verdicts = tuple(
+                outcomes[(number + rollout) % 3] for rollout in range(self.world.state.spec.group_size)
+            )
+            self.send(RecordVerdicts(ref.step, ref.prompt_index, ref.roster_index, 1, None, "w", verdicts))
+            self.queue.finish(ref)
+
+    def worker_dies(self, agent: str, number: int) -> None:
+        self.end_exhausted(self.queue.release_worker(f"w{number % 2}").exhausted)
+
+    def end_exhausted(self, refs: tuple[GroupRef, ...]) -> None:
+        error = Unscored(UnscoredKind.VERIFIER_ERROR)
+        for ref in refs:
+            verdicts = (error,) * self.world.state.spec.group_size
+            self.send(RecordVerdicts(ref.step, ref.prompt_index, ref.roster_index, 1, None, "", verdicts))
+
+    def ack(self, agent: str, number: int) -> None:
+        self.send(Ack(agent, self.session(agent, 0), self.world.state.last_step - number % 3))
+
+    def out_of_turn(self, agent: str, number: int) -> None:
+        """Commands of the broker itself when they are not due, or done already."""
+        step = self.world.state.last_step + number % 3 - 1
+        self.send(EndPublishing(step))
+        self.send(CloseStep(step, True))
+        self.send(RetireSteps(step))
+        self.send(OpenStep(step, 0, ("p0", "p1")))
+
+    def wait(self, agent: str, number: int) -> None:
+        """Time passes and the broker wakes up whenever it asked for it."""
+        until_us = self.world.now_us + (1, 5, 12, 31, 61, 200)[number % 6] * SECOND
+        while (wake := timers.wake_us(self.world.state)) is not None and wake <= until_us:
+            self.world.now_us = max(self.world.now_us, wake)
+            self.settle()
+        self.world.now_us = until_us
+        self.end_exhausted(self.queue.expire(now=self.seconds()).exhausted)
+
+    def outage(self, agent: str, number: int) -> None:
+        """Time passes and nobody is there. Workers get their time for what publishing left all the same."""
+        self.outages += 1
+        self.world.now_us += (40, 70, 500)[number % 3] * SECOND
+
+    def restart(self, agent: str, number: int) -> None:
+        """The broker starts again from a snapshot and the records after it; what was volatile is lost."""
+        records = self.world.records
+        middle = 1 + number * 7 % len(records)
+        state = snapshot_from_bytes(snapshot_to_bytes(folded(records[:middle])))
+        for record in records[middle:]:
+            state = evolve(state, decode_record(encode_record(record)))
+        self.world.maybe_state = state
+        self.queue = self.fresh_queue()
+        self.requeue()
+
+    def power_loss(self, agent: str, number: int) -> None:
+        """Records that were not durable are gone, and with them what nobody was told."""
+        del self.world.records[max(1, len(self.world.records) - number % 3) :]
+        self.restart(agent, number)
+
+    # --- what must hold ---
+
+    def check(self) -> None:
+        """Conservation, deadlines and order, recounted from the records."""
+        state = self.world.state
+        bodies = [record.body for record in self.world.records]
+        sizes = {
+            (body.step, body.prompt_index, body.roster_index): body.rollout_count
+            for body in bodies
+            if isinstance(body, GroupAccepted)
+        }
+        assert len(sizes) == sum(isinstance(body, GroupAccepted) for body in bodies)
+        closed = [body for body in bodies if isinstance(body, StepClosed)]
+        judged = [body for body in bodies if isinstance(body, VerdictsRecorded)]
+        expired = [
+            (body.step, group.prompt_index, group.roster_index) for body in closed for group in body.expired
+        ]
+        final = [(body.step, body.prompt_index, body.roster_index) for body in judged] + expired
+        assert len(set(final)) == len(final)
+        scored = sum(body.scored_count for body in judged)
+        unscored = sum(sizes[slot] for slot in final) - scored
+        pending = sum(sizes[slot] for slot in sizes.keys() - set(final))
+        assert (state.accepted_count, state.scored_count, state.unscored_count, state.pending_count) == (
+            sum(sizes.values()), scored, unscored, pending,
+        )  # fmt: skip
+        assert [body.step for body in closed] == list(range(1, len(closed) + 1))
+        assert sorted(state.open_steps) == list(range(len(closed) + 1, state.last_step + 1))
+        assert {slot for slot in sizes if slot[0] <= len(closed)} <= set(final)
+        for body in closed:
+            slots = [(entry.prompt_index, entry.roster_index) for entry in body.entries]
+            assert slots == sorted(slot[1:] for slot in sizes if slot[0] == body.step)
+        assert timers.due(state, now_us=self.world.now_us) is None
+        self.check_deadlines()
+
+    def check_deadlines(self) -> None:
+        state, now_us = self.world.state, max(self.world.now_us, self.world.state.last_time_us)
+        lockstep = state.spec.lockstep
+        publish_us = round(lockstep.publish_timeout_seconds * SECOND)
+        verify_us = round(lockstep.verify_timeout_seconds * SECOND)
+        wake = timers.wake_us(state)
+        assert (wake is None) is not bool(state.open_steps)
+        assert wake is None or wake > now_us
+        oldest = next(state.steps_in_order(), None)
+        if oldest is not None and oldest.publishing_end_time_us:
+            assert now_us < oldest.publishing_end_time_us + verify_us
+        for step in state.open_steps.values():
+            assert step.publishing_end_time_us or now_us < step.open_time_us + publish_us
+            assert self.outages or now_us < step.open_time_us + publish_us + verify_us
+
+
+def folded(records: Iterable[Record]) -> PoolState:
+    """The fold of records that went through their bytes."""
+    state: PoolState | None = None
+    for record in records:
+        state = evolve(state, decode_record(encode_record(record)))
+    assert state is not None
+    return state
+
+
 @pytest.fixture
 def make_world() -> Callable[..., World]:
     """Makes pools: `make_world(spec, prompt_count=...)`."""
@@ -186,3 +487,9 @@ def world() -> World:
     pool.join("a")
     pool.join("b")
     return pool
+
+
+@pytest.fixture
+def make_chaos() -> Callable[..., Chaos]:
+    """Makes pools that are driven at random: `make_chaos(spec)`."""
+    return Chaos

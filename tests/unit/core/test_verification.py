@@ -194,7 +194,7 @@ def test_workers_are_listed_with_what_they_hold() -> None:
 
 
 def test_pending_groups_are_those_without_verdicts_in_manifest_order(
-    make_world: Callable[..., object],
+    make_world: Callable[..., World],
 ) -> None:
     world = make_world()
     world.join("a")
