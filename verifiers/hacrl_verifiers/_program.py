@@ -35,6 +35,8 @@ class WorkerSettings:
 def run_worker(settings: WorkerSettings) -> int:
     """Runs a worker to its end. Returns the exit code; what went wrong is one sentence on standard error."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _leave)
     try:
         # The zygote first: it must have neither gRPC nor our threads.
         with Pool(settings.verifiers, slots=settings.slots, limits=Limits(settings.memory_bytes)) as pool:
@@ -43,6 +45,11 @@ def run_worker(settings: WorkerSettings) -> int:
     except IsolationError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _leave(*_: object) -> None:
+    """Ends a program that has nothing in hand yet."""
+    raise SystemExit(0)
 
 
 def _check_loaded(pool: Pool, *, asked: bool) -> None:

@@ -149,6 +149,7 @@ class Zygote:
         try:
             self._load()
         except BaseException:
+            self._process.kill()  # it may be deep in an import
             self._end()
             raise
 

@@ -20,7 +20,7 @@ def same_length(response: str, reference: Json, *, config: Mapping[str, Json]) -
     """1 if the response is as long as the reference; not applicable without a reference."""
     if reference is None:
         return None
-    return abs(len(response) - len(reference)) <= config["tolerance"]
+    return float(abs(len(response) - len(reference)) <= config["tolerance"])
 
 
 # -- end same-length --
@@ -50,7 +50,7 @@ def equal(response: str, reference: Json) -> float:
 @verifier(name="returns", version="1")
 def returns(response: str, reference: Json) -> Result:
     """Returns what the reference says, in Python: only for tests."""
-    return eval(str(reference), {"nan": float("nan"), "many": {str(n): 1.0 for n in range(100)}})  # type: ignore[no-any-return]
+    return eval(str(reference), {"nan": float("nan"), "many": {str(n): 1.0 for n in range(100)}})
 
 
 def _spin() -> None:
