@@ -132,7 +132,7 @@ def _failing_in_one_sentence(command: str) -> Iterator[None]:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
-    except (AgentError, ExchangeError) as error:
+    except (AgentError, ExchangeError, OSError) as error:
         typer.echo(f"{command}: {error}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:

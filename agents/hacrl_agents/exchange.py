@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Literal, Protocol
 
 from hacrl_exchange.types import (
     Group,
@@ -45,16 +45,27 @@ class JointBatch(Protocol):
 
 
 class Step(Protocol):
-    """A step to take part in. `committed` holds this agent's stored groups by prompt id."""
+    """A step to take part in. `committed` holds this agent's stored groups by prompt id, new ones too."""
 
     @property
     def number(self) -> int: ...
     @property
     def prompts(self) -> tuple[Prompt, ...]: ...
     @property
+    def closed(self) -> bool: ...
+    @property
     def committed(self) -> Mapping[str, Group]: ...
-    def joint_batch(self) -> JointBatch:
+    def joint_batch(self, *, parts: Collection[Literal["text", "tokens", "logprobs", "meta"]]) -> JointBatch:
         """Waits until the step closes."""
+        ...
+
+
+class Published(Protocol):
+    """What became of published groups."""
+
+    @property
+    def late(self) -> tuple[str, ...]:
+        """Prompts whose group came after publishing had ended."""
         ...
 
 
@@ -71,6 +82,6 @@ class Agent(Protocol):
         """Yields steps in order, from the one after `resume_after` on; ends when the pool does."""
         ...
 
-    def publish(self, groups: Sequence[Group]) -> object:
-        """Returns when all groups are durable."""
+    def publish(self, groups: Sequence[Group]) -> Published:
+        """Returns when all groups are durable or late."""
         ...

@@ -29,7 +29,7 @@ from hacrl_agents.policy import Policy
 from hacrl_agents.rollouts import OwnLogProbs, fresh_response_ids
 from hacrl_agents.settings import TrainerSettings
 from hacrl_agents.views import ForeignRules, Skipped, foreign_response_ids, stale_response_ids
-from hacrl_exchange.types import LogprobOrigin, PoolSpec, Rollout, Scored, VerifiedGroup
+from hacrl_exchange.types import Group, LogprobOrigin, PoolSpec, Rollout, Scored, VerifiedGroup
 
 _SAME_POLICY_NATS = 0.02
 """An own rollout's published mean log-prob differs by less per token from the recomputed one. More, and the
@@ -90,6 +90,7 @@ def build_lesson(
     prompt_ids: Mapping[str, tuple[int, ...]],
     spec: PoolSpec,
     settings: TrainerSettings,
+    stored: Mapping[str, Group] | None = None,
     own: OwnLogProbs | None = None,
 ) -> Lesson:
     """Returns the plan of a step for one learner.
@@ -102,6 +103,7 @@ def build_lesson(
         prompt_ids: the encoded prompts by id.
         spec: the pool's, for threshold and group size.
         settings: the learner's.
+        stored: the learner's own groups by prompt id, with metadata, which batches are fetched without.
         own: log-probs computed for publishing, used again if they are of exactly these rollouts.
     """
     objective = OBJECTIVES[settings.objective]
@@ -118,7 +120,12 @@ def build_lesson(
         config=settings.hacpo,
         teach_foreign_only=objective.teach_foreign_only,
     )
-    fresh = _fresh_own(groups, policy, learner, updates, prompt_ids, settings, own)
+    complete = {
+        group.group.prompt_id: (stored or {}).get(group.group.prompt_id, group.group)
+        for group in groups
+        if group.agent == learner
+    }
+    fresh = _fresh_own(complete, policy, updates, prompt_ids, settings, own)
     reader = _Reader(policy, learner, prompt_ids, batch.capabilities, settings, fresh)
     samples: list[Sample] = []
     skipped: dict[str, Counter[str]] = {}
@@ -165,9 +172,8 @@ class _Fresh:
 
 
 def _fresh_own(
-    groups: list[VerifiedGroup],
+    groups: Mapping[str, Group],
     policy: Policy,
-    learner: str,
     updates: int,
     prompt_ids: Mapping[str, tuple[int, ...]],
     settings: TrainerSettings,
@@ -181,14 +187,11 @@ def _fresh_own(
     keys: list[tuple[str, int]] = []
     rows: list[Row] = []
     published: list[Rollout] = []
-    for group in groups:
-        if group.agent != learner:
-            continue
-        prompt_id = group.group.prompt_id
-        for index, ids in enumerate(fresh_response_ids(group.group, policy, updates=updates)):
+    for prompt_id, group in groups.items():
+        for index, ids in enumerate(fresh_response_ids(group, policy, updates=updates)):
             keys.append((prompt_id, index))
             rows.append(Row(prompt_ids[prompt_id], ids))
-            published.append(group.group.rollouts[index])
+            published.append(group.rollouts[index])
     if own is not None and own.rows == tuple(rows):
         log_probs = list(own.log_probs)
     else:

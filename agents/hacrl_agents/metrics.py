@@ -38,6 +38,8 @@ class StepReport:
     stale_own: int
     unrevealed: int
     withheld: int
+    late: int
+    """Own groups that came after publishing had ended."""
     losses: tuple[float, ...]
     gradient_norms: tuple[float, ...]
     ratios: Mapping[str, float]

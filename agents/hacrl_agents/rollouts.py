@@ -48,6 +48,7 @@ def make_own_groups(
     *,
     prompt_ids: Mapping[str, tuple[int, ...]],
     committed: Mapping[str, Group],
+    closed: bool = False,
     agent: str,
     step: int,
     version: PolicyVersion,
@@ -61,13 +62,15 @@ def make_own_groups(
         prompts: of the step, in manifest order.
         prompt_ids: their encodings by prompt id.
         committed: this agent's stored groups of the step by prompt id.
+        closed: nothing more can be published: what is missing stays so.
         agent: its name; part of the seed.
         step: part of the seed.
         version: goes into the envelopes.
         group_size: responses per prompt.
         settings: sampling parameters, seed and batch sizes.
     """
-    wanted = [prompt.prompt_id for prompt in prompts if prompt.prompt_id not in committed]
+    missing = () if closed else [prompt for prompt in prompts if prompt.prompt_id not in committed]
+    wanted = [prompt.prompt_id for prompt in missing]
     requests = [
         SamplingRequest(
             prompt_ids[prompt_id],
@@ -91,9 +94,10 @@ def make_own_groups(
         places[prompt.prompt_id] = len(rows)
         if prompt.prompt_id in sampled:
             found = [_ids(response) for response in sampled[prompt.prompt_id]]
+        elif prompt.prompt_id in committed:
+            found = fresh_response_ids(committed[prompt.prompt_id], policy, updates=version.updates)
         else:
-            group = committed[prompt.prompt_id]
-            found = fresh_response_ids(group, policy, updates=version.updates)
+            found = []
         rows += [Row(prompt_ids[prompt.prompt_id], ids) for ids in found]
     own = OwnLogProbs(tuple(rows), tuple(all_log_probs(policy, rows, micro_batch=settings.micro_batch)))
     groups = []

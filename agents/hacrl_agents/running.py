@@ -45,16 +45,20 @@ def run_agent(options: AgentOptions, *, console: Console) -> TrainerState:
     Raises:
         AgentError: see hacrl_agents.errors.
         ExchangeError: what the exchange refuses, or that it cannot be reached.
+        OSError: the folder or the journal cannot be written.
     """
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.settings.seed)
     progress = Progress(console, name=options.name)
+    resumed = latest_checkpoint(options.out / "checkpoints") is not None
     trainer = open_trainer(options)
     state = trainer.state
-    if state.step:
+    if resumed:
         progress.say(f"going on after step {state.step} with the checkpoint in {options.out}")
     evaluation = _Evaluation(options, progress)
     evaluation.run(trainer.policy, state)
+    if options.journal is not None:
+        options.journal.parent.mkdir(parents=True, exist_ok=True)
     metrics = MetricsFile(options.out / "metrics.jsonl", resume_after=state.step)
 
     def on_step(report: StepReport) -> None:
@@ -68,7 +72,7 @@ def run_agent(options: AgentOptions, *, console: Console) -> TrainerState:
             options.pool,
             agent=options.name,
             model=trainer.policy.spec(options.model),
-            resume_after=state.step or None,
+            resume_after=state.step if resumed else None,
             journal=options.journal,
         ) as agent,
     ):

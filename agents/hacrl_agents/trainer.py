@@ -11,18 +11,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from hacrl_agents.checkpoint import TrainerState, save_checkpoint
+from hacrl_agents.checkpoint import TrainerState, latest_checkpoint, save_checkpoint
 from hacrl_agents.exchange import Agent, JointBatch, Step
 from hacrl_agents.lessons import Lesson, build_lesson
 from hacrl_agents.metrics import StepReport
 from hacrl_agents.objectives import OBJECTIVES
 from hacrl_agents.policy import Policy
-from hacrl_agents.rollouts import OwnGroups, OwnLogProbs, make_own_groups
+from hacrl_agents.rollouts import OwnLogProbs, make_own_groups
 from hacrl_agents.settings import TrainerSettings
 from hacrl_agents.tokens import encode_prompt
 from hacrl_agents.updates import UpdateReport, make_optimizer, run_updates
-from hacrl_exchange.errors import StepClosedError
-from hacrl_exchange.types import PolicyVersion
+from hacrl_exchange.types import PolicyVersion, PoolSpec
 
 Clock = Callable[[], float]
 
@@ -75,11 +74,12 @@ class Trainer:
             on_phase: called with the step's number and what is being done now.
 
         Raises:
-            ExchangeError: what the exchange refuses, except publishing too late, which costs only the step.
+            ExchangeError: what the exchange refuses. Publishing late is none: it costs the step alone.
             AgentError: if a prompt doesn't fit or a gradient is not finite.
         """
         if not self._is_done():
             for step in agent.steps():
+                self._save_start(step)
                 on_step(self.train_step(agent, step, on_phase=on_phase))
                 if self._is_done():
                     break
@@ -103,21 +103,22 @@ class Trainer:
             step.prompts,
             prompt_ids=prompt_ids,
             committed=step.committed,
+            closed=step.closed,
             agent=agent.name,
             step=step.number,
             version=PolicyVersion(agent.session, self.state.updates),
             group_size=agent.spec.group_size,
-            settings=self.settings,
+            settings=_within(agent.spec, self.settings),
         )
         sampled = self._clock()
         on_phase(step.number, "publishing")
-        _publish(agent, groups)
+        late = len(agent.publish(groups.missing).late) if groups.missing else 0
         published = self._clock()
         on_phase(step.number, "waiting for verdicts and peers")
-        batch = step.joint_batch()
+        batch = step.joint_batch(parts=("text", "tokens"))
         received = self._clock()
         on_phase(step.number, "training")
-        lesson, updated, rate = self._learn(agent, batch, prompt_ids, groups.own)
+        lesson, updated, rate = self._learn(agent, step, batch, prompt_ids, groups.own)
         trained = self._clock()
         self._save_if_due()
         return _report(
@@ -128,13 +129,19 @@ class Trainer:
             lesson=lesson,
             updated=updated,
             own=groups.own,
+            late=late,
             learning_rate=rate,
             seconds=(sampled - started, published - sampled, received - published, trained - received),
             checkpoint_seconds=self._clock() - trained,
         )
 
     def _learn(
-        self, agent: Agent, batch: JointBatch, prompt_ids: dict[str, tuple[int, ...]], own: OwnLogProbs
+        self,
+        agent: Agent,
+        step: Step,
+        batch: JointBatch,
+        prompt_ids: dict[str, tuple[int, ...]],
+        own: OwnLogProbs,
     ) -> tuple[Lesson, UpdateReport | None, float]:
         """Makes the updates of a step and moves the state past it."""
         lesson = build_lesson(
@@ -145,6 +152,7 @@ class Trainer:
             prompt_ids=prompt_ids,
             spec=agent.spec,
             settings=self.settings,
+            stored=step.committed,
             own=own,
         )
         if (not batch.quorum_met and self.settings.on_degraded == "skip") or not lesson.plan:
@@ -178,19 +186,21 @@ class Trainer:
     def _is_done(self) -> bool:
         return 0 < self.settings.steps <= self.state.steps_trained
 
+    def _save_start(self, step: Step) -> None:
+        """Saves the start of a new run: killed in its first step, it resumes there, not after it."""
+        if self._checkpoints is not None and latest_checkpoint(self._checkpoints) is None:
+            self.state = replace(self.state, step=step.number - 1)
+            save_checkpoint(self._checkpoints, self.policy, self.optimizer, state=self.state)
+
     def _save_if_due(self) -> None:
         due = self.state.step % self.settings.checkpoint_every == 0 or self._is_done()
         if self._checkpoints is not None and due:
             save_checkpoint(self._checkpoints, self.policy, self.optimizer, state=self.state)
 
 
-def _publish(agent: Agent, groups: OwnGroups) -> None:
-    """Publishes what is missing. Too late is no failure: the step goes on with what was accepted."""
-    if groups.missing:
-        try:
-            agent.publish(groups.missing)
-        except StepClosedError:
-            return
+def _within(spec: PoolSpec, settings: TrainerSettings) -> TrainerSettings:
+    """Returns the settings with the pool's token limit, if that is lower."""
+    return replace(settings, max_tokens=min(settings.max_tokens, spec.max_tokens or settings.max_tokens))
 
 
 def _report(
@@ -202,6 +212,7 @@ def _report(
     lesson: Lesson,
     updated: UpdateReport | None,
     own: OwnLogProbs,
+    late: int,
     learning_rate: float,
     seconds: tuple[float, float, float, float],
     checkpoint_seconds: float,
@@ -228,6 +239,7 @@ def _report(
         stale_own=lesson.stale_own,
         unrevealed=batch.unrevealed_count,
         withheld=batch.withheld_count,
+        late=late,
         losses=updated.losses if updated is not None else (),
         gradient_norms=updated.gradient_norms if updated is not None else (),
         ratios=updated.ratios if updated is not None else {},

@@ -1,9 +1,9 @@
-"""Two tiny strangers: a Qwen3 and a Llama with random weights and different tokenizers, and a pool of fakes."""
+"""Two tiny strangers, a Qwen3 and a Llama with random weights and different tokenizers; a pool of fakes."""
 
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -25,9 +25,9 @@ from hacrl_exchange.types import (
     ModelSpec,
     PoolSpec,
     Prompt,
+    Rollout,
     RosterEntry,
     RosterState,
-    Rollout,
     Scored,
     StepOutcome,
     Unscored,
@@ -159,10 +159,13 @@ def make_batch(
     )
 
 
-def verified(
-    agent: str, group: Group, judge: Callable[[str], Verdict] = verdict
-) -> VerifiedGroup:
+def verified(agent: str, group: Group, judge: Callable[[str], Verdict] = verdict) -> VerifiedGroup:
     return VerifiedGroup(agent, group, b"", 1, None, tuple(judge(each.text) for each in group.rollouts))
+
+
+@dataclass(frozen=True)
+class FakePublished:
+    late: tuple[str, ...] = ()
 
 
 @dataclass
@@ -173,8 +176,9 @@ class FakeStep:
     prompts: tuple[Prompt, ...]
     committed: dict[str, Group]
     pool: FakePool
+    closed: bool = False
 
-    def joint_batch(self) -> FakeBatch:
+    def joint_batch(self, *, parts: Collection[str]) -> FakeBatch:
         return self.pool.close(self)
 
 
@@ -194,6 +198,8 @@ class FakePool:
     crash_before_batch: int | None = None
     quorum_met: bool = True
     agents: tuple[str, ...] = ("a", "b")
+    closed: frozenset[int] = frozenset()
+    current: FakeStep | None = None
 
     def steps(self) -> Iterator[FakeStep]:
         per_step = self.spec.lockstep.prompts_per_step
@@ -201,19 +207,21 @@ class FakePool:
             start = (number - 1) * per_step % len(self.prompts)
             chosen = self.prompts[start : start + per_step]
             committed = {prompt: group for (step, prompt), group in self.stored.items() if step == number}
-            yield FakeStep(number, chosen, committed, self)
-            self.resume_after = number
+            self.current = FakeStep(number, chosen, committed, self, closed=number in self.closed)
+            yield self.current
 
-    def publish(self, groups: Sequence[Group]) -> None:
-        step = self.resume_after + 1
+    def publish(self, groups: Sequence[Group]) -> FakePublished:
+        assert self.current is not None
         for group in groups:
             self.published.append(group)
-            self.stored[step, group.prompt_id] = group
+            self.current.committed[group.prompt_id] = group
+            self.stored[self.current.number, group.prompt_id] = group
+        return FakePublished()
 
     def close(self, step: FakeStep) -> FakeBatch:
         if step.number == self.crash_before_batch:
             raise ConnectionAbortedError("killed between publishing and the joint batch")
-        own = [verified(self.name, self.stored[step.number, prompt.prompt_id]) for prompt in step.prompts]
+        own = [verified(self.name, group) for group in step.committed.values()]
         groups = [*own, *self.peers(step.number, step.prompts)]
         return make_batch(
             groups, prompts=step.prompts, agents=self.agents, step=step.number, quorum_met=self.quorum_met

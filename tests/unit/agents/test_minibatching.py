@@ -113,7 +113,12 @@ def test_several_peers_take_turns_in_being_first() -> None:
     roster = ["w", "me", "x", "y"]
     orders = [source_order(roster, learner="me", step=step) for step in range(1, 5)]
 
-    assert orders == [["me", "x", "y", "w"], ["me", "y", "w", "x"], ["me", "w", "x", "y"], ["me", "x", "y", "w"]]
+    assert orders == [
+        ["me", "x", "y", "w"],
+        ["me", "y", "w", "x"],
+        ["me", "w", "x", "y"],
+        ["me", "x", "y", "w"],
+    ]
     assert all(sorted(first) == sorted(second) for first, second in pairwise(orders))
 
 
