@@ -164,7 +164,14 @@ class Agent:
             if self._journal is not None:
                 self._journal.append(run.receipts)
         run.raise_refused()
-        return PublishReport(tuple(run.receipts), kept=tuple(run.kept), late=tuple(run.late))
+        wire_bytes, call_seconds = self._publisher.take_costs()
+        return PublishReport(
+            tuple(run.receipts),
+            kept=tuple(run.kept),
+            late=tuple(run.late),
+            wire_bytes=wire_bytes,
+            call_seconds=call_seconds,
+        )
 
     def leave(self) -> None:
         """Leaves the pool: open slots are forfeited, and no step waits for this agent any more.

@@ -47,12 +47,15 @@ class PublishReport:
     `receipts`: one per group that is durable now, in no particular order; for a slot that held another group
     of this agent the receipt is that group's. `kept`: prompts whose stored group, of an earlier attempt or
     life, counts instead of the one given; `step.committed` has them. `late`: prompts whose group came after
-    publishing had ended.
+    publishing had ended. `wire_bytes` is the size of the calls, `call_seconds` how long each took from sending
+    to the answer, in no particular order; repeats are not counted.
     """
 
     receipts: tuple[Receipt, ...]
     kept: tuple[str, ...] = ()
     late: tuple[str, ...] = ()
+    wire_bytes: int = 0
+    call_seconds: tuple[float, ...] = ()
 
 
 class Publisher:
@@ -64,6 +67,8 @@ class Publisher:
         self._caller = caller
         self._max_groups = min(limits.max_groups_per_publish or _CALL_GROUPS, _CALL_GROUPS)
         self._max_size = min(limits.max_message_size or _CALL_SIZE, _CALL_SIZE)
+        self._wire_bytes = 0
+        self._call_seconds: list[float] = []
 
     def publish(self, groups: Iterable[rollout_pb2.Group]) -> Iterator[tuple[rollout_pb2.Group, Outcome]]:
         """Yields every group with its receipt or refusal, in order, as the answers come.
@@ -84,12 +89,22 @@ class Publisher:
             for flight in flights:
                 flight.future.cancel()
 
+    def take_costs(self) -> tuple[int, tuple[float, ...]]:
+        """Size of the calls since this was last asked, and how long each took."""
+        wire_bytes, self._wire_bytes = self._wire_bytes, 0
+        call_seconds, self._call_seconds = self._call_seconds, []
+        return wire_bytes, tuple(call_seconds)
+
     def _start(self, groups: list[rollout_pb2.Group]) -> _Flight:
         request = pb.PublishGroupsRequest(pool=self._pool, caller=self._caller, groups=groups)
+        began = time.monotonic()
         future = self._wire.start(
             self._wire.exchange.PublishGroups, request, timeout_seconds=_PUBLISH_SECONDS
         )
-        return _Flight(groups, request, future, time.monotonic())
+        self._wire_bytes += request.ByteSize()
+        # The answer waits until this thread has encoded the next call; its arrival does not.
+        future.add_done_callback(lambda _: self._call_seconds.append(time.monotonic() - began))
+        return _Flight(groups, request, future, began)
 
     def _land(self, flight: _Flight) -> Iterator[tuple[rollout_pb2.Group, Outcome]]:
         patience = self._wire.patience()
