@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -24,7 +24,7 @@ _LOADING_FAILURES = (
     ImportError,
     TypeError,
     AttributeError,
-    json.JSONDecodeError,
+    SafetensorError,
 )
 """What transformers and safetensors raise for folders that are missing, damaged or of an unknown kind."""
 

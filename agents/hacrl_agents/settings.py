@@ -61,7 +61,7 @@ class TrainerSettings:
         _one_of("on_degraded", self.on_degraded, DEGRADED_RULES)
         if self.length_norm == "source" and self.over_limit == "truncate":
             raise SettingsError(
-                "length_norm source compares sums over whole texts: it needs over_limit skip, not truncate."
+                "length_norm source compares whole texts: it needs over_limit skip, not truncate."
             )
         for name in ("max_tokens", "sample_batch", "minibatch_prompts", "micro_batch", "checkpoint_every"):
             if getattr(self, name) < 1:
