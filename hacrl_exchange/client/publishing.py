@@ -47,8 +47,8 @@ class PublishReport:
     `receipts`: one per group that is durable now, in no particular order; for a slot that held another group
     of this agent the receipt is that group's. `kept`: prompts whose stored group, of an earlier attempt or
     life, counts instead of the one given; `step.committed` has them. `late`: prompts whose group came after
-    publishing had ended. `wire_bytes` is the size of the calls, `call_seconds` how long each took from sending
-    to the answer, in no particular order; repeats are not counted.
+    publishing had ended. `wire_bytes` is the size of the calls, `call_seconds` how long each took from its
+    sending to its answer, in no particular order; repeats are not counted.
     """
 
     receipts: tuple[Receipt, ...]
