@@ -321,8 +321,9 @@ class SqliteLog(SqliteReader):
 
     def close(self) -> None:
         """Makes everything queued durable and lets go of the files."""
-        self._writer.close()
+        self._writer.stop()
         super().close()
+        self._writer.close()  # last: only a connection that may write moves the WAL into the database
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1

@@ -123,14 +123,16 @@ class BatchWriter:
                 return
         item.future.set_exception(_failed(item.stream, "the log is closed"))
 
-    def close(self) -> None:
-        """Writes everything queued and lets go of the files."""
+    def stop(self) -> None:
+        """Writes everything queued; nothing is taken any more."""
         with self._closing:
-            if self._closed:
-                return
-            self._closed = True
-            self._queue.put(None)
+            if not self._closed:
+                self._closed = True
+                self._queue.put(None)
         self._thread.join()
+
+    def close(self) -> None:
+        """Lets go of the files, after `stop`."""
         for stream in self._streams.values():
             stream.segments.close()
         self._connection.close()
