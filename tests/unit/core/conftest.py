@@ -442,6 +442,17 @@ class Chaos:
             assert slots == sorted(slot[1:] for slot in sizes if slot[0] == body.step)
         assert timers.due(state, now_us=self.world.now_us) is None
         self.check_deadlines()
+        self.check_indices()
+
+    def check_indices(self) -> None:
+        """What evolve maintains, and a snapshot does not hold, is what the groups say."""
+        for step in self.world.state.open_steps.values():
+            accepted = [0] * len(step.roster)
+            for _, roster_index in step.groups:
+                accepted[roster_index] += 1
+            assert step.accepted_by_member == accepted
+            pending = sum(not group.generation for group in step.groups.values())
+            assert step.pending_group_count == pending
 
     def check_deadlines(self) -> None:
         state, now_us = self.world.state, max(self.world.now_us, self.world.state.last_time_us)

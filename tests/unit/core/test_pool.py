@@ -248,6 +248,12 @@ def test_steps_close_in_order(make_world: MakeWorld, make_spec: MakeSpec) -> Non
     world.publish("b", step=2)
     world.judge_all(step=2)
     assert sorted(world.state.open_steps) == [1, 2]
+    refused(
+        world,
+        r.CloseStep(2, True),
+        InvalidRequestError,
+        "It is not time to close step 2: ask timers.due.",
+    )
     world.advance(60)
     assert [closed.step for closed in closings(world)] == [1, 2]
 

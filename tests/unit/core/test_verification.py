@@ -104,9 +104,12 @@ def test_a_failed_lease_of_several_is_retried_singly_and_free_of_charge() -> Non
     taken(queue, "l1", count=2)
     assert queue.expire(now=10.0) == Failed((ref(0), ref(1)), (), ())
     assert taken(queue, "l2", now=10.0) == (ref(0),)
-    queue.finish(ref(0))
     assert taken(queue, "l3", now=10.0) == (ref(1),)
     assert taken(queue, "l4", now=10.0) == (ref(2),)
+    queue.finish(ref(2))
+    assert queue.expire(now=20.0) == Failed((ref(0), ref(1)), (), ())
+    assert taken(queue, "l5", now=20.0) == (ref(0),)
+    assert queue.expire(now=30.0) == Failed((), (ref(0),), ())
 
 
 def test_a_single_retry_is_not_mixed_into_a_larger_lease() -> None:
