@@ -3,7 +3,8 @@
 Each slot is one child at a time. A whole job goes to the child in one message; results stream back while
 shared memory says which item runs since when. An item over its deadline is killed with its process group and
 is a TIMEOUT; an item whose child dies is a VERIFIER_ERROR (CRASHED); whatever else was in the job runs again
-in a fresh child. When it is not certain which item brought the child down, the suspects run one by one.
+in a fresh child. When it is not certain which item brought the child down, the suspects run one by one; when
+an item brought the zygote down, and so the children of all slots, they run while no other slot works.
 
 Covered: hangs in Python or C, exits, signals, memory, output, forks, orphans. Not covered: files and other
 processes of the same user, network, and the verifier's own honesty. docs/verifiers.md says more.
@@ -24,6 +25,7 @@ from hacrl_verifiers import _frames
 from hacrl_verifiers._linux import Limits
 from hacrl_verifiers._progress import PREPARING, WAITING, Mark
 from hacrl_verifiers._supervised import Child, IsolationError, Offered, Zygote
+from hacrl_verifiers._turnstile import Turnstile
 from hacrl_verifiers.results import BadResultError, Judgement, failed, from_wire
 
 __all__ = ["IsolationError", "Job", "Limits", "Offered", "Pool", "Responses", "Slot"]
@@ -72,6 +74,22 @@ class _End(enum.Enum):
     REFUSED = enum.auto()
 
 
+class _Care(enum.IntEnum):
+    """How items are run: as they come; each reported before the next; and with no other slot at work."""
+
+    NONE = 0
+    SINGLY = 1
+    ALONE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """Items to run, in ascending order, and how."""
+
+    items: list[int]
+    care: _Care
+
+
 @dataclass(frozen=True, slots=True)
 class _Pass:
     """The end of a pass; what was running then (positions within the pass); the text of a refusal."""
@@ -92,7 +110,8 @@ class Pool:
         self, verifiers: Sequence[str] = (), *, slots: int = 1, limits: Limits | None = None
     ) -> None:
         self._zygote = Zygote(verifiers, limits or Limits())
-        self.slots = tuple(Slot(self._zygote, number) for number in range(slots))
+        turnstile = Turnstile()
+        self.slots = tuple(Slot(self._zygote, turnstile, number=number) for number in range(slots))
 
     @property
     def offered(self) -> tuple[Offered, ...]:
@@ -125,8 +144,9 @@ class Pool:
 class Slot:
     """Runs one job at a time. Each slot belongs to one thread."""
 
-    def __init__(self, zygote: Zygote, number: int) -> None:
+    def __init__(self, zygote: Zygote, turnstile: Turnstile, *, number: int) -> None:
         self._zygote = zygote
+        self._turnstile = turnstile
         self._number = number
         self._child: Child | None = None
         self._reader = _frames.FrameReader(_frames.MAX_RESULT_BYTES)
@@ -150,36 +170,39 @@ class Slot:
             IsolationError: no child can be started.
         """
         results: list[Judgement | None] = [None] * job.item_count
-        queue = deque([(list(range(job.item_count)), False)])
+        rounds = deque([_Round(list(range(job.item_count)), _Care.NONE)])
         free_retries = _FREE_RETRIES
-        while queue:
-            items, single = queue.popleft()
-            done = self._pass(job, items, single, results)
-            missing = [item for item in items if results[item] is None]
+        while rounds:
+            now = rounds.popleft()
+            with self._turnstile.alone() if now.care is _Care.ALONE else self._turnstile.together():
+                done = self._pass(job, now, results)
+            missing = [item for item in now.items if results[item] is None]
             if done.end is _End.REFUSED:
                 _settle(results, failed(VerdictReason.VERIFIER_UNAVAILABLE, done.detail))
                 break
             if not missing:
                 continue
             # A mark that contradicts the results is a lie: then the items are to blame after all.
-            started = len(missing) < len(items)
-            unstarted = done.mark.first == WAITING and not started
-            blameless = unstarted or self._orphaned()
+            unstarted = done.mark.first == WAITING and len(missing) == len(now.items)
+            orphaned = self._orphaned()
             self.release()
-            if blameless and free_retries:
+            if orphaned and now.care is not _Care.ALONE:
+                rounds.extendleft(_suspected(done, now, missing, care=_Care.ALONE))
+            elif unstarted and free_retries:
                 free_retries -= 1
-                queue.appendleft((missing, single or unstarted))
-            elif done.mark.first == PREPARING and not started:
+                rounds.appendleft(_Round(missing, max(now.care, _Care.SINGLY)))
+            elif done.mark.first == PREPARING and len(missing) == len(now.items):
                 text = f"{job.verifier} could not be prepared: its process died or took too long."
                 _settle(results, failed(VerdictReason.VERIFIER_UNAVAILABLE, text))
                 break
             else:
-                queue.extendleft(_after_fault(done, items, missing, single, results))
+                rounds.extendleft(_after_fault(done, now, missing, results))
         _settle(results, failed(VerdictReason.CRASHED))
         return [result for result in results if result is not None]
 
-    def _pass(self, job: Job, items: list[int], single: bool, results: list[Judgement | None]) -> _Pass:
+    def _pass(self, job: Job, now: _Round, results: list[Judgement | None]) -> _Pass:
         """Sends the items and collects results until all are there or the child must go."""
+        items, single = now.items, now.care is not _Care.NONE
         child = self._ready_child()
         self._jobs += 1
         child.progress.mark(WAITING, 0)
@@ -234,21 +257,36 @@ class Slot:
 
 
 def _after_fault(
-    done: _Pass, items: list[int], missing: list[int], single: bool, results: list[Judgement | None]
-) -> list[tuple[list[int], bool]]:
+    done: _Pass, now: _Round, missing: list[int], results: list[Judgement | None]
+) -> list[_Round]:
     """Settles the item to blame if it is known. Returns what is left to run, the last part first."""
     expired = done.end is _End.EXPIRED
-    running = set(items[done.mark.first : done.mark.first + done.mark.count]).intersection(missing)
-    blamed = next(iter(running)) if expired and len(running) == 1 else missing[0] if single else None
-    if blamed is not None:
-        results[blamed] = _EXPIRED if expired else _DIED
-        rest = [item for item in missing if item != blamed]
-        return [(rest, single)] if rest else []
-    # Results on their way died with the child: the item to blame is a running one or one not yet reported.
-    last = max(running, default=missing[-1])
-    suspects = [item for item in missing if item <= last]
-    others = [item for item in missing if item > last]
-    return ([(others, False)] if others else []) + [(suspects, True)]
+    running = _running(done, now, missing)
+    if expired and len(running) == 1:
+        blamed = running[0]
+    elif now.care is not _Care.NONE:
+        blamed = missing[0]  # each result was sent before the next item began
+    else:
+        return _suspected(done, now, missing, care=_Care.SINGLY)
+    results[blamed] = _EXPIRED if expired else _DIED
+    rest = [item for item in missing if item != blamed]
+    return [_Round(rest, min(now.care, _Care.SINGLY))] if rest else []
+
+
+def _suspected(done: _Pass, now: _Round, missing: list[int], *, care: _Care) -> list[_Round]:
+    """The items that may be to blame run with more care; those that had not begun run as before.
+
+    Results on their way died with the child: the item to blame is a running one or one not yet reported.
+    """
+    last = max(_running(done, now, missing), default=missing[-1])
+    suspects = _Round([item for item in missing if item <= last], care)
+    others = _Round([item for item in missing if item > last], now.care)
+    return [others, suspects] if others.items else [suspects]
+
+
+def _running(done: _Pass, now: _Round, missing: list[int]) -> list[int]:
+    first, count = done.mark.first, done.mark.count
+    return [item for item in now.items[first : first + count] if item in missing]
 
 
 def _settle(results: list[Judgement | None], judgement: Judgement) -> None:

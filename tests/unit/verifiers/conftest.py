@@ -21,7 +21,7 @@ SAMPLES = (
     "environment",
     "spoils",
     "sees",
-    "Rank",
+    "KnownWords",
     "HostileBatch",
     "ShortBatch",
     "BadSetup",

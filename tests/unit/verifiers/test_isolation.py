@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -54,15 +55,23 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("deed", HOSTILE)
+@pytest.mark.parametrize(
+    "deed",
+    [
+        pytest.param(deed, marks=pytest.mark.slow if verdict == TIMEOUT else ())
+        for deed, verdict in HOSTILE.items()
+    ],
+)
 def test_a_hostile_item_costs_itself_alone(judge: Judge, deed: str) -> None:
     texts = [*["ok"] * 20, deed, *["ok"] * 20]
+    deadline = DEADLINE if HOSTILE[deed] == TIMEOUT else 10.0
 
-    verdicts = [judgement.verdict for judgement in judge("hostile", texts, deadline=DEADLINE)]
+    verdicts = [judgement.verdict for judgement in judge("hostile", texts, deadline=deadline)]
 
     assert verdicts == [*[GOOD] * 20, HOSTILE[deed], *[GOOD] * 20]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deed", ["spin", "exit", "system exit", "kill itself"])
 def test_a_batch_that_fails_runs_again_item_by_item(judge: Judge, deed: str) -> None:
     texts = ["ok", "none", deed, "ok"]
@@ -73,6 +82,7 @@ def test_a_batch_that_fails_runs_again_item_by_item(judge: Judge, deed: str) -> 
     assert verdicts == [GOOD, not_applicable, HOSTILE[deed], GOOD]
 
 
+@pytest.mark.slow
 def test_several_hostile_items_in_one_job_are_each_found(judge: Judge) -> None:
     texts = ["ok", "exit", "ok", "spin", "system exit", "ok", "kill itself", "spin"]
 
@@ -81,6 +91,7 @@ def test_several_hostile_items_in_one_job_are_each_found(judge: Judge) -> None:
     assert verdicts == [GOOD, CRASHED, GOOD, TIMEOUT, RAISED, GOOD, CRASHED, TIMEOUT]
 
 
+@pytest.mark.slow
 def test_a_hang_takes_its_deadline_and_little_more(judge: Judge) -> None:
     judge("hostile", ["ok"])
     started = time.monotonic()
@@ -122,6 +133,19 @@ def test_slots_do_not_disturb_each_other(pool: Pool) -> None:
 
     assert pool.slots[1].run(job("ok"))[0].verdict == GOOD
     assert pool.slots[1].child_pid == bystander
+
+
+@pytest.mark.slow
+def test_an_item_that_kills_the_zygote_costs_itself_alone_in_all_slots(pool: Pool) -> None:
+    def job(*texts: str) -> Job:
+        return Job("hostile", "{}", DEADLINE, (Responses(Prompt("p", ()), "null", texts),))
+
+    jobs = [job("ok", "kill the zygote", "ok", "spin"), job("ok", "spin", "kill the zygote", "ok")]
+    with ThreadPoolExecutor(2) as threads:
+        results = list(threads.map(lambda slot, job: slot.run(job), pool.slots, jobs))
+
+    verdicts = [[judgement.verdict for judgement in judgements] for judgements in results]
+    assert verdicts == [[GOOD, CRASHED, GOOD, TIMEOUT], [GOOD, TIMEOUT, CRASHED, GOOD]]
 
 
 def test_children_do_not_see_our_secrets(judge: Judge) -> None:
@@ -178,6 +202,15 @@ def test_a_failure_has_a_detail_for_operators(judge: Judge) -> None:
 
     assert raised.detail == "ZeroDivisionError: division by zero (<string>:1)"
     assert len(much.detail.encode()) <= 2048
+
+
+def test_a_batch_verifier_is_set_up_once_and_judges_in_order(judge: Judge) -> None:
+    texts = ["yes", "yes maybe", "", "no yes no maybe"]
+
+    judgements = judge("known_words", texts, config='{"words": ["yes"]}')
+
+    not_applicable = Unscored(UnscoredKind.NOT_APPLICABLE, VerdictReason.NOT_APPLICABLE)
+    assert [one.verdict for one in judgements] == [Scored(1.0), Scored(0.5), not_applicable, Scored(0.25)]
 
 
 def test_a_batch_of_the_wrong_length_runs_again_item_by_item(judge: Judge) -> None:
@@ -245,6 +278,7 @@ slot.run(Job("hostile", "{}", 600.0, (Responses(Prompt("p", ()), "null", (sys.ar
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["supervisor", "zygote"])
 @pytest.mark.parametrize("deed", ["spin", "hang in c"])
 def test_nothing_outlives_a_killed_supervisor(
