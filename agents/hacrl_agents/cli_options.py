@@ -118,6 +118,14 @@ EvalFile = Annotated[
         rich_help_panel=_OUTPUT,
     ),
 ]
+EvalEvery = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Trained steps between evaluations; 0: only before and after.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
 EvalScorer = Annotated[
     str, typer.Option(help="module:function(text, reference) -> score of 0 to 1.", rich_help_panel=_OUTPUT)
 ]

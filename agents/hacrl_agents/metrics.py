@@ -1,4 +1,4 @@
-"""The record of a run: one JSON object per step, appended to metrics.jsonl."""
+"""The record of a run: a report per step, and the files of JSON lines that keep such things."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hacrl_agents.advantages import AdvantageCounts
 from hacrl_agents.lessons import SourceCounts
@@ -50,30 +51,35 @@ class StepReport:
     train_seconds: float
     checkpoint_seconds: float = 0.0
 
-    def to_json(self) -> str:
-        """Returns the report as one line of JSON."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+    def as_line(self) -> dict[str, Any]:
+        """Returns the report as a JSON object."""
+        return dataclasses.asdict(self)
 
 
-class MetricsFile:
-    """Appends reports to a file. Steps after the checkpoint that a run goes on from are dropped first."""
+class StepLines:
+    """A file of JSON objects, each with a `step`; those after the step that a run goes on from are dropped."""
 
     def __init__(self, path: Path, *, resume_after: int) -> None:
         self._path = path
+        self.steps: set[int] = set()
+        """Steps that have a line."""
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
-                    if json.loads(line)["step"] <= resume_after:
-                        kept.append(line)
+                    step = int(json.loads(line)["step"])
                 except (ValueError, KeyError, TypeError):
                     continue  # a line cut short by a crash
+                if step <= resume_after:
+                    kept.append(line)
+                    self.steps.add(step)
         partial = path.with_suffix(".partial")
         partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(partial, path)
 
-    def append(self, report: StepReport) -> None:
-        """Adds one line."""
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Adds one object."""
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(f"{report.to_json()}\n")
+            file.write(f"{json.dumps(line, sort_keys=True)}\n")
+        self.steps.add(line["step"])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from rich.console import Console
 from hacrl_agents.checkpoint import TrainerState, latest_checkpoint, read_state, restore
 from hacrl_agents.errors import CheckpointError
 from hacrl_agents.evaluation import accuracy, load_scorer, read_held_out
-from hacrl_agents.metrics import MetricsFile, StepReport
-from hacrl_agents.policy import Policy, load_policy
+from hacrl_agents.metrics import StepLines, StepReport
+from hacrl_agents.policy import load_policy
 from hacrl_agents.progress import Progress
 from hacrl_agents.settings import TrainerSettings
 from hacrl_agents.trainer import Trainer
@@ -35,6 +36,8 @@ class AgentOptions:
     threads: int = 1
     eval_file: Path | None = None
     eval_scorer: str = "hacrl_agents.evaluation:exact_match"
+    eval_every: int = 0
+    """Trained steps between evaluations; 0: only before and after."""
 
 
 def run_agent(options: AgentOptions, *, console: Console) -> TrainerState:
@@ -55,16 +58,36 @@ def run_agent(options: AgentOptions, *, console: Console) -> TrainerState:
     state = trainer.state
     if resumed:
         progress.say(f"going on after step {state.step} with the checkpoint in {options.out}")
-    evaluation = _Evaluation(options, progress)
-    evaluation.run(trainer.policy, state)
+    evaluation = _Evaluation(options, progress, resume_after=state.step)
+    evaluation.run_if_due(trainer)
     if options.journal is not None:
         options.journal.parent.mkdir(parents=True, exist_ok=True)
-    metrics = MetricsFile(options.out / "metrics.jsonl", resume_after=state.step)
+    metrics = StepLines(options.out / "metrics.jsonl", resume_after=state.step)
 
     def on_step(report: StepReport) -> None:
-        metrics.append(report)
+        metrics.append(report.as_line())
         progress.on_step(report)
+        evaluation.run_if_due(trainer)
 
+    if not trainer.is_done:
+        _take_part(trainer, options, resumed=resumed, on_step=on_step, progress=progress)
+    evaluation.run(trainer)
+    state = trainer.state
+    progress.say(
+        f"trained {state.steps_trained} steps with {state.updates} updates; results are in {options.out}"
+    )
+    return state
+
+
+def _take_part(
+    trainer: Trainer,
+    options: AgentOptions,
+    *,
+    resumed: bool,
+    on_step: Callable[[StepReport], None],
+    progress: Progress,
+) -> None:
+    """Joins, trains, leaves."""
     with (
         progress.running(),
         connect(options.broker) as exchange,
@@ -72,16 +95,11 @@ def run_agent(options: AgentOptions, *, console: Console) -> TrainerState:
             options.pool,
             agent=options.name,
             model=trainer.policy.spec(options.model),
-            resume_after=state.step if resumed else None,
+            resume_after=trainer.state.step if resumed else None,
             journal=options.journal,
         ) as agent,
     ):
-        state = trainer.run(agent, on_step=on_step, on_phase=progress.on_phase)
-    evaluation.run(trainer.policy, state)
-    progress.say(
-        f"trained {state.steps_trained} steps with {state.updates} updates; results are in {options.out}"
-    )
-    return state
+        trainer.run(agent, on_step=on_step, on_phase=progress.on_phase)
 
 
 def open_trainer(options: AgentOptions) -> Trainer:
@@ -107,21 +125,38 @@ def open_trainer(options: AgentOptions) -> Trainer:
 
 
 class _Evaluation:
-    """Measures held-out accuracy at the start and at the end, if there is a file of prompts."""
+    """Measures held-out accuracy before, after and in between, if there is a file of prompts."""
 
-    def __init__(self, options: AgentOptions, progress: Progress) -> None:
+    def __init__(self, options: AgentOptions, progress: Progress, *, resume_after: int) -> None:
         self._held_out = read_held_out(options.eval_file) if options.eval_file is not None else None
+        self._every = options.eval_every
         self._scorer = load_scorer(options.eval_scorer)
         self._max_tokens = options.settings.max_tokens
-        self._path = options.out / "evaluations.jsonl"
         self._progress = progress
+        if self._held_out is not None:
+            self._lines = StepLines(options.out / "evaluations.jsonl", resume_after=resume_after)
 
-    def run(self, policy: Policy, state: TrainerState) -> None:
-        if self._held_out is None:
+    def run_if_due(self, trainer: Trainer) -> None:
+        """Measures at the start of a run and every so many trained steps."""
+        trained = trainer.state.steps_trained
+        if trained == 0 or (self._every and trained % self._every == 0):
+            self.run(trainer)
+
+    def run(self, trainer: Trainer) -> None:
+        """Measures, unless it was done at this step."""
+        state = trainer.state
+        if self._held_out is None or state.step in self._lines.steps:
             return
-        value = accuracy(policy, self._held_out, max_tokens=self._max_tokens, scorer=self._scorer)
+        started = time.perf_counter()
+        value = accuracy(trainer.policy, self._held_out, max_tokens=self._max_tokens, scorer=self._scorer)
+        self._lines.append(
+            {
+                "step": state.step,
+                "steps_trained": state.steps_trained,
+                "updates": state.updates,
+                "accuracy": value,
+                "prompts": len(self._held_out),
+                "seconds": time.perf_counter() - started,
+            }
+        )
         self._progress.say(f"held-out accuracy after step {state.step}: {value:.1%} of {len(self._held_out)}")
-        line = {"step": state.step, "accuracy": value, "prompts": len(self._held_out)}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(f"{json.dumps(line)}\n")

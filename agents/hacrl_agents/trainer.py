@@ -77,11 +77,11 @@ class Trainer:
             ExchangeError: what the exchange refuses. Publishing late is none: it costs the step alone.
             AgentError: if a prompt doesn't fit or a gradient is not finite.
         """
-        if not self._is_done():
+        if not self.is_done:
             for step in agent.steps():
                 self._save_start(step)
                 on_step(self.train_step(agent, step, on_phase=on_phase))
-                if self._is_done():
+                if self.is_done:
                     break
         return self.state
 
@@ -183,7 +183,9 @@ class Trainer:
         share = (self.state.steps_trained + 1) / warmup if warmup else 1.0
         return self.settings.learning_rate * min(1.0, share)
 
-    def _is_done(self) -> bool:
+    @property
+    def is_done(self) -> bool:
+        """All steps that the settings ask for are trained."""
         return 0 < self.settings.steps <= self.state.steps_trained
 
     def _save_start(self, step: Step) -> None:
@@ -193,7 +195,7 @@ class Trainer:
             save_checkpoint(self._checkpoints, self.policy, self.optimizer, state=self.state)
 
     def _save_if_due(self) -> None:
-        due = self.state.step % self.settings.checkpoint_every == 0 or self._is_done()
+        due = self.state.step % self.settings.checkpoint_every == 0 or self.is_done
         if self._checkpoints is not None and due:
             save_checkpoint(self._checkpoints, self.policy, self.optimizer, state=self.state)
 

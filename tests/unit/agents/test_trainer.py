@@ -11,7 +11,7 @@ import torch
 
 from hacrl_agents.checkpoint import TrainerState, latest_checkpoint, read_state, restore
 from hacrl_agents.hacpo import HacpoConfig
-from hacrl_agents.metrics import MetricsFile, StepReport
+from hacrl_agents.metrics import StepLines, StepReport
 from hacrl_agents.policy import Policy, load_policy
 from hacrl_agents.settings import TrainerSettings
 from hacrl_agents.trainer import Trainer
@@ -183,11 +183,13 @@ def test_metrics_after_the_checkpoint_are_dropped_when_a_run_goes_on(
     pool: Callable[..., Any], llama: Policy, tmp_path: Path
 ) -> None:
     path = tmp_path / "metrics.jsonl"
-    start(llama).run(pool(), on_step=MetricsFile(path, resume_after=0).append)
+    lines = StepLines(path, resume_after=0)
+    start(llama).run(pool(), on_step=lambda report: lines.append(report.as_line()))
     with path.open("a", encoding="utf-8") as file:
         file.write('{"step": 1, "cut sh')
-    MetricsFile(path, resume_after=2)
+    again = StepLines(path, resume_after=2)
 
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert [line["step"] for line in lines] == [1, 2]
-    assert lines[0]["sources"]["b"]["trained"] == 12
+    kept = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in kept] == [1, 2]
+    assert kept[0]["sources"]["b"]["trained"] == 12
+    assert (lines.steps, again.steps) == ({1, 2, 3, 4}, {1, 2})
