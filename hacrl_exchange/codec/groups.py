@@ -88,6 +88,10 @@ def encode_group(group: Group, *, name: str, logprob_dtype: LogprobDtype = "f16"
     if not rollouts:
         raise InvalidEnvelopeError("The group holds no rollouts; publish the pool's group size.")
     counts = [rollout.token_count for rollout in rollouts]
+    if min(counts) < 1:
+        raise InvalidEnvelopeError(
+            f"Rollout {counts.index(min(counts))} states {min(counts)} tokens; the least is 1, an end token alone."
+        )
     encoded = [encode_part(pb.PART_KIND_TEXT, text_body(rollouts), level=level)]
     if _all_have("token_ids", [rollout.token_ids for rollout in rollouts]):
         tokens = token_bytes([rollout.token_ids for rollout in rollouts], counts)
