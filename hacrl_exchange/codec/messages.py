@@ -81,7 +81,8 @@ def timestamp_to_proto(time_us: int) -> Timestamp:
 
 def duration_from_proto(duration: Duration) -> float:
     """A Duration in seconds."""
-    return duration.seconds + duration.nanos / _NANOS
+    # one division, rounded once: 1.473 s come back as 1.473 s
+    return (duration.seconds * _NANOS + duration.nanos) / _NANOS
 
 
 def timestamp_from_proto(timestamp: Timestamp) -> int:
