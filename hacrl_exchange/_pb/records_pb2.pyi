@@ -807,7 +807,7 @@ class StepSnapshot(_message.Message):
 
     @_builtins.property
     def roster_states(self) -> _containers.RepeatedScalarFieldContainer[_step_pb2.RosterState.ValueType]:
-        """One per roster entry once publishing ended."""
+        """One per roster entry; UNSPECIFIED while the member may publish."""
 
     @_builtins.property
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupSnapshot]:

@@ -27,7 +27,7 @@ from hacrl_exchange.broker.history import GroupAt
 from hacrl_exchange.broker.interceptors import LOCAL_PRINCIPAL, WORKER_PRINCIPAL
 from hacrl_exchange.broker.limits import Limits
 from hacrl_exchange.broker.runtime import PoolRuntime
-from hacrl_exchange.errors import BrokerStoppingError, ExchangeError, StepClosedError
+from hacrl_exchange.errors import AlreadyVerifiedError, BrokerStoppingError, ExchangeError, StepClosedError
 from hacrl_exchange.types import Unscored, UnscoredKind, VerdictReason
 
 if TYPE_CHECKING:
@@ -89,7 +89,9 @@ class VerificationDesk:
         self._at.pop((runtime.name, step), None)
 
     def reset_pool(self, runtime: PoolRuntime) -> None:
-        """Queues what a pool that was just folded needs verified. What is queued already stays."""
+        """Queues what a pool that was just folded needs verified, and forgets what was lost with the fold."""
+        self._queue.remove_pool(runtime.name)
+        self._at = {key: known for key, known in self._at.items() if key[0] != runtime.name}
         for ref in pending_groups(runtime.state):
             self._queue.add(ref)
         self._wake_workers()
@@ -144,8 +146,7 @@ class VerificationDesk:
     def put_back(self, refs: Sequence[GroupRef]) -> None:
         """Takes groups out of their lease, unworked, e.g. because they do not fit into one message."""
         for ref in refs:
-            self._queue.finish(ref)
-            self._queue.add(ref)
+            self._queue.put_back(ref)
         if refs:
             self._wake_workers()
 
@@ -166,8 +167,12 @@ class VerificationDesk:
         self._queue.touch(worker_id, now=time.monotonic())
 
     def identity(self, worker_id: str) -> str:
-        """What a worker calls itself; its id if it is gone."""
-        return next((w.identity for w in self._queue.workers() if w.worker_id == worker_id), worker_id)
+        """What a worker calls itself.
+
+        Raises:
+            WorkerNotFoundError: register again.
+        """
+        return self._queue.worker(worker_id).identity
 
     def finish(self, command: RecordVerdicts, *, pool: str) -> None:
         """Forgets a group whose verdicts are recorded."""
@@ -227,7 +232,7 @@ class VerificationDesk:
 
     def _excluded_pools(self, worker_id: str) -> set[str]:
         """Pools in which the worker's principal owns an agent: nobody judges their own competition."""
-        principal = next((w.principal for w in self._queue.workers() if w.worker_id == worker_id), "")
+        principal = self._queue.worker(worker_id).principal
         if principal in (LOCAL_PRINCIPAL, WORKER_PRINCIPAL):
             return set()
         return {
@@ -266,8 +271,8 @@ class VerificationDesk:
         for ref in failed.exhausted:
             try:
                 self._exhaust(ref)
-            except StepClosedError:
-                continue
+            except (StepClosedError, AlreadyVerifiedError):
+                continue  # it is final without us
             except ExchangeError as error:
                 _log.error("group %s could not be ended, it is tried again: %s", ref, error)
                 self._queue.add(ref)
