@@ -192,6 +192,15 @@ def test_a_worker_outlives_its_broker(start_worker: StartWorker, tmp_path: Path)
         assert worker.wait(SECONDS) == 0
 
 
+def test_the_workers_that_a_broker_spawns_verify_by_themselves() -> None:
+    with running_broker(workers=1, verifiers=["exact_match"]) as broker:
+        create_pool(broker.target, verifier="exact_match", prompts=2)
+
+        batch = joint_batch(broker.target, [["a", " a\n", "A", ""]] * 2, meanwhile=lambda: None)
+
+        assert verdicts(batch) == [GOOD, GOOD, Scored(0.0), Scored(0.0)] * 2
+
+
 def test_a_worker_that_a_broker_spawned_ends_with_its_pipe(start_worker: StartWorker) -> None:
     with running_broker() as broker:
         worker = start_worker(broker.target, "--verifier", "sample_verifiers:equal", "--until-stdin-closes")

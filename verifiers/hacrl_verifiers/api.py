@@ -23,6 +23,7 @@ import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Protocol, TypeAlias
 
 from hacrl_exchange.types import Prompt, Scored, Unscored, UnscoredKind, Verdict, VerdictReason
@@ -161,6 +162,7 @@ def verifier(
     return declare
 
 
+@lru_cache(maxsize=256)
 def config_digest(config_json: str) -> bytes:
     """sha256 of the canonical form (sorted keys, no spaces, UTF-8) of a configuration as the pool states it.
 

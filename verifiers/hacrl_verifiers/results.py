@@ -115,6 +115,8 @@ def _components(components: Mapping[object, object] | Mapping[str, float]) -> di
 
 
 def _finite(value: object, *, name: str) -> float:
+    if type(value) is float and math.isfinite(value):
+        return value
     if not isinstance(value, Real):
         raise BadResultError(
             f"The verifier returned a {name} that is a {type(value).__name__}, not a number."

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from hacrl_exchange.types import Prompt, Scored
 from hacrl_verifiers.builtin._answers import last_boxed, last_tagged, reference_text
 from hacrl_verifiers.builtin.boxed import boxed, normalised
 from hacrl_verifiers.builtin.exact_match import exact_match
+from hacrl_verifiers.isolation import Job, Pool, Responses
 from hacrl_verifiers.registry import installed
 
 
@@ -199,3 +201,23 @@ def test_a_reference_without_family_raises(reasoning_gym: Any) -> None:
 def test_an_unknown_family_raises(reasoning_gym: Any) -> None:
     with pytest.raises(ValueError, match="not registered"):
         reasoning_gym("<answer>4</answer>", {"metadata": {"source_dataset": "no such family"}})
+
+
+# all of them, as a worker runs them
+
+
+@pytest.mark.slow
+def test_every_built_in_runs_in_a_child_under_its_limits(reasoning_gym: Any, math: Any) -> None:
+    entry = _entry("chain_sum")
+    cases = {
+        "boxed": (r"\boxed{4}", "4"),
+        "exact_match": ("4", "4"),
+        "math": (r"\boxed{\frac{8}{2}}", "4"),
+        "reasoning_gym": (f"<answer>{entry['answer']}</answer>", entry),
+    }
+    with Pool() as pool:
+        assert [offered.name for offered in pool.offered] == sorted(cases)
+        for name, (response, reference) in cases.items():
+            responses = Responses(Prompt("p", ()), json.dumps(reference), (response, "no"))
+            judgements = pool.slots[0].run(Job(name, "{}", 30.0, (responses,)))
+            assert [judgement.verdict for judgement in judgements] == [Scored(1.0), Scored(0.0)]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
 import pytest
-from hacrl_verifiers.registry import installed, load
 
 from hacrl_exchange.types import UnscoredKind, VerdictReason
+from hacrl_verifiers.cli import worker
+from hacrl_verifiers.registry import installed, load
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "verifiers.md").read_text()
@@ -31,6 +33,12 @@ def test_every_built_in_is_in_the_table_with_its_settings(name: str) -> None:
     settings = row.split("|")[4]
 
     assert re.findall(r"`(\w+)`", settings) == list(load(name).config)
+
+
+def test_every_option_of_the_worker_is_explained() -> None:
+    options = inspect.signature(worker).parameters
+
+    assert [name for name in options if f"--{name.replace('_', '-')}" not in PAGE] == []
 
 
 def test_every_reason_that_a_worker_gives_is_explained() -> None:
