@@ -172,7 +172,7 @@ def show(name: PoolName, broker: Broker = DEFAULT_BROKER, json: Json = False) ->
         # The envelopes alone: the roster is what is shown, and the bodies may be large.
         last = None
         if closed:
-            last = exchange.replay(name, closed[-1], parts=("meta",), timeout_seconds=10)
+            last = exchange.replay(name, closed[-1], parts=["meta"], timeout_seconds=10)
     if json:
         print_json(pool_json(status, members, last=last))
     else:
