@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing
 from types import TracebackType
@@ -87,6 +88,9 @@ class Agent:
         if resume_after is not None:
             self._after = resume_after
         self._current: Step | None = None
+        self._handed_out: deque[int] = deque()
+        """Steps that are not acknowledged yet, in order."""
+        self._finished: set[int] = set()
 
     def __repr__(self) -> str:
         step = self._current.number if self._current else "none"
@@ -109,8 +113,10 @@ class Agent:
     def steps(self, *, timeout_seconds: float | None = None) -> Iterator[Step]:
         """Yields the steps that this agent takes part in, one after the other; ends when the pool does.
 
-        Going on to the next step acknowledges the one before it. A `timeout_seconds` bounds the wait for each
-        step; without it the wait lasts until enough members are there.
+        Going on to the next step acknowledges those before it. Where steps overlap, a step counts as done
+        once its joint batch was fetched, and acknowledging waits for the oldest that was not. A
+        `timeout_seconds` bounds the wait for each step; without it the wait lasts until enough members are
+        there.
 
         Raises:
             TimeoutError: no step came in time.
@@ -119,8 +125,7 @@ class Agent:
             UnreachableError: the broker was away for longer than patience lasts.
         """
         while True:
-            if self._current is not None:
-                self._ack(self._current.number)
+            self._ack_finished()
             try:
                 message = self._await_step(timeout_seconds)
             except PoolEndedError:
@@ -131,6 +136,9 @@ class Agent:
             if self._resume_after is None and step.closed and step.number <= self._joined_last_step:
                 continue
             self._current = step
+            self._handed_out.append(step.number)
+            if step.closed or self.spec.lockstep.max_open_steps == 1:
+                self._finished.add(step.number)
             yield step
 
     def publish(
@@ -220,7 +228,7 @@ class Agent:
             caller=self._caller,
             timeout_seconds=timeout_seconds,
         )
-        return joint_batch(
+        batch = joint_batch(
             self._wire,
             manifest,
             pool=self.pool,
@@ -229,6 +237,9 @@ class Agent:
             parts=parts,
             capability_window=self.spec.capability_window,
         )
+        if step.number in self._handed_out:
+            self._finished.add(step.number)
+        return batch
 
     def _await_step(self, timeout_seconds: float | None) -> step_pb2.Step:
         def ask(wait: float, attempt_seconds: float, patience: Patience) -> step_pb2.Step | None:
@@ -246,9 +257,20 @@ class Agent:
         what = f"A step of pool {self.pool} for agent {self.name}"
         return self._wire.wait_for(ask, timeout_seconds=timeout_seconds, what=what)
 
-    def _ack(self, step: int) -> None:
+    def _ack_finished(self) -> None:
+        """Acknowledges the steps that are done, up to the oldest that is not."""
+        step = 0
+        while self._handed_out and self._handed_out[0] in self._finished:
+            step = self._handed_out.popleft()
+            self._finished.discard(step)
+        if not step:
+            return
         request = pb.AckStepRequest(pool=pool_name(self.pool), caller=self._caller, step=step)
-        self._wire.call(self._wire.exchange.AckStep, request)
+        try:
+            self._wire.call(self._wire.exchange.AckStep, request)
+        except InvalidRequestError as error:
+            # An older step without this agent is still open. Acks are cumulative: the next one covers this.
+            _log.info("step %d cannot be acknowledged yet: %s", step, error)
 
     def _leave_quietly(self) -> None:
         """A pool that cannot be left must not spoil a run that went well: the publish deadline frees it."""
