@@ -1,4 +1,5 @@
 """The demo: two small, really different agents that learn from each other on one machine.
 
-Here live their task, models, tokenizers, warm starts and held-out evaluation, and the command that runs it all.
+Here live their task, models, tokenizers, warm starts and held-out evaluation, and the command that runs all of
+it.
 """

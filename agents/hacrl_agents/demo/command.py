@@ -57,7 +57,7 @@ def run_demo(*, settings: DemoSettings, out: Path, console: Console) -> None:
 
     port = choose_port()
     target = f"127.0.0.1:{port}"
-    broker = Kept("the broker", _broker_command(out, target), log=out / "logs" / "broker.log")
+    broker = Kept("broker", _broker_command(out, target), log=out / "logs" / "broker.log")
     runs: list[Run] = []
     try:
         with connect(target, timeout_seconds=_START_SECONDS):
@@ -71,7 +71,7 @@ def run_demo(*, settings: DemoSettings, out: Path, console: Console) -> None:
             ),
         ]
         console.print(_invitation(settings, out, target), highlight=False, soft_wrap=True)
-        _watch(broker, runs, Board(console, settings=settings), target)
+        _watch(broker, runs, Board(console, settings=settings), out)
     finally:
         for run in runs:
             run.process.stop()
@@ -102,7 +102,6 @@ def _warm_start(settings: DemoSettings, out: Path, console: Console) -> None:
             f"the warm start of {design.name}",
             [
                 *("-m", "hacrl_agents.demo.prepare", design.name, str(out / "models" / design.name)),
-                *("--seed", str(settings.seed), "--training-prompts", str(settings.training_prompts)),
             ],
             log=out / "logs" / f"warm-start-{design.name}.log",
         )
@@ -205,13 +204,20 @@ def _invitation(settings: DemoSettings, out: Path, target: str) -> str:
     )
 
 
-def _watch(broker: Kept, runs: list[Run], board: Board, target: str) -> None:
-    """Shows where everybody stands until all are done; whoever is killed is started again."""
+def _watch(broker: Kept, runs: list[Run], board: Board, out: Path) -> None:
+    """Shows where everybody stands until all are done; whoever is killed is started again.
+
+    `processes.json` tells who is who, for those who want to kill one.
+    """
+    processes = [broker, *(run.process for run in runs)]
+    told: dict[str, int] = {}
     with board.shown():
         running = True
         while running:
             broker.is_running()
             running = any([run.process.is_running() for run in runs])
+            if told != (told := {process.name: process.pid for process in processes}):
+                (out / "processes.json").write_text(json.dumps(told, indent=2), encoding="utf-8")
             board.update(runs)
             time.sleep(_LOOK_SECONDS)
 

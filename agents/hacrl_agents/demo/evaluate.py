@@ -36,7 +36,7 @@ def answers(
     problems: Sequence[Problem],
     seed: int | None = None,
 ) -> list[str]:
-    """Returns one answer per problem: the greedy one, or with a seed a sampled one. Leaves the mode as it is."""
+    """Returns one answer per problem: the greedy one, or with a seed a sampled one."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     was_training = model.training
     model.eval()

@@ -68,12 +68,14 @@ AGENT_B: Final = AgentDesign(
 DESIGNS: Final = (AGENT_A, AGENT_B)
 
 
-def build_agent(design: AgentDesign) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Returns an untrained model (float32) and its tokenizer: the same ones every time."""
+def build_agent(
+    design: AgentDesign, *, seed: int | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Returns an untrained model (float32) and its tokenizer; without a seed those of the design."""
     tokenizer = build_tokenizer(design.pieces)
     build = _BUILDERS[design.architecture]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(design.seed)
+        torch.manual_seed(design.seed if seed is None else seed)
         model = build(design, tokenizer)
     return model.eval(), tokenizer
 

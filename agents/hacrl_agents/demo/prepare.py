@@ -9,8 +9,6 @@ from pathlib import Path
 import torch
 
 from hacrl_agents.demo.models import DESIGNS
-from hacrl_agents.demo.settings import HELD_OUT_PROMPTS
-from hacrl_agents.demo.task import make_split
 from hacrl_agents.demo.warm_start import warm_start
 
 
@@ -19,19 +17,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=[design.name for design in DESIGNS])
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--training-prompts", type=int, required=True)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     design = next(design for design in DESIGNS if design.name == chosen.name)
-    split = make_split(chosen.seed, training=chosen.training_prompts, held_out=HELD_OUT_PROMPTS)
 
     def report(iteration: int, loss: float) -> None:
         print(json.dumps({"iteration": iteration, "of": design.iterations, "loss": loss}), flush=True)
 
-    warm_start(
-        design, chosen.directory, seed=chosen.seed, excluded=split.warm_start_excludes(), on_progress=report
-    )
+    warm_start(design, chosen.directory, on_progress=report)
 
 
 if __name__ == "__main__":

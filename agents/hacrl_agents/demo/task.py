@@ -1,8 +1,8 @@
 """The demo's task: sums of two three-digit numbers from reasoning-gym, answered with worked columns.
 
 A worked answer adds digit by digit from the right, then states the result: for 404 + 666
-`4+6=10;0+6+1=7;4+6=10;<answer>1070</answer>`. A hash puts every pair of operands, in whatever order, into one of
-three worlds: the warm starts' examples, training prompts and held-out prompts never share a sum.
+`4+6=10;0+6+1=7;4+6=10;<answer>1070</answer>`. A hash puts every pair of operands, in whatever order, into
+one of three worlds: the warm starts' examples, training prompts and held-out prompts never share a sum.
 """
 
 from __future__ import annotations
@@ -79,31 +79,20 @@ def world(first: int, second: int) -> World:
     return World.TRAINING if bucket < 128 else World.WARM_START
 
 
-def question(self) -> str:
-        """The text that agents see."""
-        return question(self.first, self.second)
-
-    @property
-    def prompt_id(self) -> str:
-        """Names the prompt."""
-        return f"sum-{self.first}-{self.second}"
-
-    @property
-    def source(self) -> str:
-        """Where it comes from."""
-        return SOURCE
-
-
 @dataclass(frozen=True)
 class Split:
-    """The problems of a run, disjoint by their pairs."""
+    """The problems of a run."""
 
     training: tuple[Problem, ...]
     held_out: tuple[Problem, ...]
 
-    def warm_start_excludes(self) -> frozenset[Pair]:
-        """Returns the pairs that no warm start may show."""
-        return frozenset(problem.pair for problem in (*self.training, *self.held_out))
+
+def make_split(seed: int, *, training: int, held_out: int) -> Split:
+    """Returns a run's problems. The seed draws those to train on; those held out are always the same."""
+    return Split(
+        training=_problems(World.TRAINING, training, seed=seed + 1),
+        held_out=_problems(World.HELD_OUT, held_out, seed=0),
+    )
 
 
 def question(first: int, second: int) -> str:
@@ -120,16 +109,6 @@ def worked_answer(first: int, second: int) -> str:
         columns.append(f"{a}+{b}+1={total};" if carry else f"{a}+{b}={total};")
         carry = total // 10
     return f"{''.join(columns)}<answer>{first + second}</answer>"
-
-
-def training_problems(count: int, *, seed: int) -> tuple[Problem, ...]:
-    """Returns different problems to train on; another seed gives others."""
-    return _problems(World.TRAINING, count, seed=seed + 1)
-
-
-def held_out_problems(count: int) -> tuple[Problem, ...]:
-    """Returns different problems that nobody trains on: always the same, so that runs compare."""
-    return _problems(World.HELD_OUT, count, seed=0)
 
 
 def draw_warm_start_pair(rng: Random, *, parity: int, own_share: float) -> tuple[int, int]:
@@ -203,9 +182,7 @@ def _scorer() -> Callable[[str, dict[str, Any]], float]:
 def _problems(wanted: World, count: int, *, seed: int) -> tuple[Problem, ...]:
     import reasoning_gym
 
-    entries = reasoning_gym.create_dataset(
-        FAMILY, seed=seed * _SEED_DISTANCE, size=_SEED_DISTANCE, **_CONFIG
-    )
+    entries = reasoning_gym.create_dataset(FAMILY, seed=seed * _SEED_DISTANCE, size=_SEED_DISTANCE, **_CONFIG)
     found: dict[frozenset[int], Problem] = {}
     for index in range(_SEED_DISTANCE):
         if len(found) == count:
@@ -215,5 +192,6 @@ def _problems(wanted: World, count: int, *, seed: int) -> tuple[Problem, ...]:
         first, second = (int(term) for term in entry["metadata"]["expression"].split(" + "))
         in_range = all(_SMALLEST <= term <= _LARGEST for term in (first, second))
         if in_range and world(first, second) is wanted:
-            found.setdefault(frozenset((first, second)), Problem(first, second, json.dumps(entry, sort_keys=True)))
+            problem = Problem(first, second, json.dumps(entry, sort_keys=True))
+            found.setdefault(frozenset((first, second)), problem)
     raise ValueError(f"There are not {count} different sums for {wanted.value}: ask for fewer prompts.")

@@ -25,7 +25,10 @@ MERGES: Final[tuple[str, ...]] = ("+1=", "=1", ";<answer>", " + ", *_WORDS, *rev
 """Agent B's pieces: the commonest neighbours of worked answers are one token each."""
 
 # A prompt is its messages' contents and a space that asks for the answer.
-_CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}{% if add_generation_prompt %} {% endif %}"
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %} {% endif %}"
+)
 
 
 def build_tokenizer(pieces: Sequence[str]) -> PreTrainedTokenizerFast:

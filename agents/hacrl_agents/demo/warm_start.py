@@ -1,7 +1,7 @@
 """Warm starts: each agent imitates worked answers, mostly of its own half of the numbers, and is annealed.
 
-The learning rate falls to a tenth at the end. Without that, cooling alone would raise accuracy later and pass for
-learning from peers. A warm start is a function of the design, on one torch thread.
+The learning rate falls to a tenth at the end. Without that, cooling alone would raise accuracy later and pass
+for learning from peers. A warm start is a function of the design, on one torch thread.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def warm_start(
 
 
 def learning_rate_factor(design: AgentDesign, step: int) -> float:
-    """Returns the learning rate at an update as a share of the peak: up, flat, then linearly down to a tenth."""
+    """Returns the learning rate at an update, as a share of the peak: up, flat, then down to a tenth."""
     rising = (step + 1) / _WARMUP
     left = (design.iterations - step) / design.cooldown
     return min(1.0, rising, ANNEALED_TO + (1 - ANNEALED_TO) * left)
@@ -97,6 +97,6 @@ def _examples(
 
 
 def _imitation_loss(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> Tensor:
-    """Returns the mean cross-entropy of the labelled tokens. Padding is on the right, so no mask is needed."""
+    """Returns the mean cross-entropy of the labelled tokens. Padding on the right needs no mask."""
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     return functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED)
