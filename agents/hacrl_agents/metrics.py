@@ -57,7 +57,7 @@ class StepReport:
 
 
 class StepLines:
-    """A file of JSON objects, each with a `step`; those after the step that a run goes on from are dropped."""
+    """A file of JSON objects, each with a `step`; those after the step that a run resumes at are dropped."""
 
     def __init__(self, path: Path, *, resume_after: int) -> None:
         self._path = path
