@@ -199,7 +199,7 @@ class PoolCount:
             if entry is None:
                 self._problem(f"{where} was accepted, but is not in the manifest")
             elif entry.digest != group.digest:
-                self._problem(f"{where} has another digest in the manifest than in its receipt")
+                self._problem(f"{where} has another digest in the manifest than in its record")
             elif judged and entry.generation not in judged:
                 self._problem(f"{where} pins generation {entry.generation}, which has no verdicts")
             if slot in expired and judged:
