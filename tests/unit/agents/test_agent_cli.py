@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typer.testing import CliRunner, Result
 from hacrl_agents.cli import agent, demo
 from hacrl_agents.errors import SettingsError
 from hacrl_agents.settings import TrainerSettings
+from hacrl_agents.views import Skipped
 
 app = typer.Typer()
 app.command()(agent)
@@ -67,3 +69,11 @@ def test_the_help_explains_every_option() -> None:
 def test_settings_out_of_range_are_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         dataclasses.replace(TrainerSettings(), **change)  # type: ignore[arg-type]  # wrong on purpose
+
+
+def test_every_option_is_in_the_docs() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "agents.md").read_text(encoding="utf-8")
+    names = [name for name in inspect.signature(agent).parameters]
+
+    assert [name for name in names if f"`--{name.replace('_', '-')}`" not in text] == []
+    assert [each.value for each in Skipped if f"| `{each.value}` |" not in text] == []
