@@ -176,6 +176,30 @@ def test_what_a_killed_worker_had_in_hand_goes_to_another(
         assert verdicts(batch) == [GOOD, *[Scored(0.5)] * 7]
 
 
+def test_a_worker_told_to_stop_does_not_wait_for_what_hangs(
+    start_worker: StartWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    monkeypatch.setenv("SAMPLE_GATE", str(gate))
+    with running_broker(limits=Limits(lease_timeout_seconds=1.0)) as broker:
+        create_pool(broker.target, verifier="gated", prompts=1, deadline=600.0)
+        first = start_worker(broker.target, "--verifier", "sample_verifiers:gated")
+
+        def stop_and_replace() -> None:
+            with open(gate, "w") as held:
+                first.terminate()
+                assert first.wait(SECONDS) == 0
+                _await_no_reader(held.fileno())
+            start_worker(broker.target, "--verifier", "sample_verifiers:gated")
+            with open(gate, "w") as through:
+                through.write("1.0")
+
+        batch = joint_batch(broker.target, [["wait", "b", "b", "b"]], meanwhile=stop_and_replace)
+
+        assert verdicts(batch) == [GOOD, *[Scored(0.5)] * 3]
+
+
 def test_a_worker_outlives_its_broker(start_worker: StartWorker, tmp_path: Path) -> None:
     with BrokerProcess(tmp_path / "data", workers=0) as broker:
         create_pool(broker.target, verifier="same_length", prompts=1)

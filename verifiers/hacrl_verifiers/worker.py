@@ -36,8 +36,8 @@ MAX_GROUPS_PER_LEASE = 64
 _POLL_SECONDS = 1.0
 _FIRST_PAUSE_SECONDS = 0.05
 _LONGEST_PAUSE_SECONDS = 2.0
-_DRAIN_SECONDS = 4.0
-_JOIN_SECONDS = 2.0
+_DRAIN_SECONDS = 2.5
+_JOIN_SECONDS = 1.0
 
 # The broker is away or busy: the same call will do later.
 _PASSING = (UnreachableError, BrokerStoppingError, LogFailedError, OverloadedError)
