@@ -98,7 +98,8 @@ class VerificationService(verification_service_pb2_grpc.VerificationServiceServi
         desk = self._broker.desk
         if not request.reports or not request.lease:
             raise InvalidRequestError(
-                "reports must hold at least one report, and lease the id it was acquired under.", field="reports"
+                "reports must hold at least one report, and lease the id it was acquired under.",
+                field="reports",
             )
         desk.touch(request.worker)
         identity = desk.identity(request.worker)
