@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from types import TracebackType
 
@@ -218,7 +218,7 @@ class Agent:
                 self._wire.pause_after(error, patience)
 
     def fetch_batch(
-        self, step: Step, *, parts: Collection[Part], timeout_seconds: float | None
+        self, step: Step, *, parts: tuple[Part, ...], timeout_seconds: float | None
     ) -> JointBatch:
         """`Step.joint_batch`."""
         manifest = await_manifest(
@@ -288,6 +288,7 @@ class _Run:
         self._agent = agent
         self._logprob_dtype: LogprobDtype = logprob_dtype
         self._groups: dict[str, Group] = {}
+        self._positions: dict[str, int] = {}
         self.receipts: list[Receipt] = []
         self.kept: list[str] = []
         self.late: list[str] = []
@@ -296,7 +297,8 @@ class _Run:
 
     def encoded(self, groups: Iterable[Group]) -> Iterator[rollout_pb2.Group]:
         """Groups as they travel, without those that are committed and those that cannot be encoded."""
-        for group in groups:
+        for position, group in enumerate(groups):
+            self._positions.setdefault(group.prompt_id, position)
             if self._step.is_committed(group.prompt_id):
                 self.kept.append(group.prompt_id)
                 continue
@@ -348,9 +350,10 @@ class _Run:
             self.refused.append((parse_group_name(message.name)[1].prompt_id, outcome))
 
     def raise_refused(self) -> None:
-        """Raises the first refusal, if any."""
+        """Raises the refusal of the group given first, if any was refused."""
         if not self.refused:
             return
+        self.refused.sort(key=lambda refusal: self._positions[refusal[0]])
         prompt_id, first = self.refused[0]
         first.add_note(f"This is about the group for prompt {prompt_id} of step {self._step.number}.")
         for other_id, other in self.refused[1:]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -80,7 +80,7 @@ class JointBatch:
         return tuple(group for group in self.groups if group.agent != agent)
 
 
-def part_kinds(parts: Collection[Part]) -> list[rollout_pb2.PartKind.ValueType]:
+def part_kinds(parts: tuple[Part, ...]) -> list[rollout_pb2.PartKind.ValueType]:
     """The wire's kinds of the parts named.
 
     Raises:
@@ -123,7 +123,7 @@ def joint_batch(
     pool: str,
     caller: pb.Caller | None,
     prompts: Sequence[Prompt],
-    parts: Collection[Part],
+    parts: tuple[Part, ...],
     capability_window: int,
 ) -> JointBatch:
     """Fetches the groups of a manifest, each proven against it.

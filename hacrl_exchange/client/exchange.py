@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -189,7 +189,7 @@ class Exchange:
         pool: str,
         step: int,
         *,
-        parts: Collection[Part] = ALL_BUT_META,
+        parts: tuple[Part, ...] = ALL_BUT_META,
         timeout_seconds: float | None = None,
     ) -> JointBatch:
         """The joint batch of a step, for a reader: no membership, no session, no acknowledgement.
@@ -215,7 +215,7 @@ class Exchange:
         )
 
     def follow(
-        self, pool: str, start_step: int = 1, *, parts: Collection[Part] = ALL_BUT_META
+        self, pool: str, start_step: int = 1, *, parts: tuple[Part, ...] = ALL_BUT_META
     ) -> Iterator[JointBatch]:
         """Yields the joint batches of a pool from a step on, as steps close; ends when the pool does.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Protocol
 
@@ -19,7 +19,7 @@ class _Source(Protocol):
         """This agent's groups of a step that the broker holds, by prompt id."""
 
     def fetch_batch(
-        self, step: Step, *, parts: Collection[Part], timeout_seconds: float | None
+        self, step: Step, *, parts: tuple[Part, ...], timeout_seconds: float | None
     ) -> JointBatch:
         """Waits for the end of the step and fetches its joint batch."""
 
@@ -72,7 +72,7 @@ class Step:
         return prompt_id in self._committed_ids
 
     def joint_batch(
-        self, *, parts: Collection[Part] = ALL_BUT_META, timeout_seconds: float | None = None
+        self, *, parts: tuple[Part, ...] = ALL_BUT_META, timeout_seconds: float | None = None
     ) -> JointBatch:
         """Waits until the step closes and returns everybody's verified groups.
 

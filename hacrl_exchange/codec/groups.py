@@ -90,7 +90,8 @@ def encode_group(group: Group, *, name: str, logprob_dtype: LogprobDtype = "f16"
     counts = [rollout.token_count for rollout in rollouts]
     if min(counts) < 1:
         raise InvalidEnvelopeError(
-            f"Rollout {counts.index(min(counts))} states {min(counts)} tokens; the least is 1, an end token alone."
+            f"Rollout {counts.index(min(counts))} states {min(counts)} tokens; "
+            "the least is 1, an end token alone."
         )
     encoded = [encode_part(pb.PART_KIND_TEXT, text_body(rollouts), level=level)]
     if _all_have("token_ids", [rollout.token_ids for rollout in rollouts]):

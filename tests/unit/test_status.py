@@ -40,7 +40,7 @@ class FakeCallError(grpc.RpcError):
     def details(self) -> str | None:
         return self._details
 
-    def trailing_metadata(self) -> tuple[tuple[str, bytes], ...] | None:
+    def trailing_metadata(self) -> tuple[tuple[str, bytes], ...] | None:  # type: ignore[override]  # aio's
         return self._trailing
 
 
@@ -74,7 +74,8 @@ def test_a_retry_delay_survives_the_trip() -> None:
 
 
 def test_a_status_stays_below_4_kb_whatever_is_put_in() -> None:
-    error = SlotTakenError("ü" * 100_000, **{f"key{n}" * 20: "\N{PILE OF POO}" * 10_000 for n in range(100)})
+    error = SlotTakenError("ü" * 100_000)
+    error.metadata.update({f"key{n}" * 20: "\N{PILE OF POO}" * 10_000 for n in range(100)})
 
     status = to_status(error)
 
