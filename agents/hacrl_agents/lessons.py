@@ -127,16 +127,12 @@ def build_lesson(
     }
     fresh = _fresh_own(complete, policy, updates, prompt_ids, settings, own)
     reader = _Reader(policy, learner, prompt_ids, batch.capabilities, settings, fresh)
-    samples: list[Sample] = []
-    skipped: dict[str, Counter[str]] = {}
-    for (group, index), advantage in zip(owners, advantages.tolist(), strict=True):
-        if math.isnan(rewards[id(group)][index]):
-            continue
-        sample = reader.read(group, index, advantage)
-        if isinstance(sample, Skipped):
-            skipped.setdefault(group.agent, Counter())[sample.value] += 1
-        else:
-            samples.append(sample)
+    scored = [
+        (group, index, advantage)
+        for (group, index), advantage in zip(owners, advantages.tolist(), strict=True)
+        if not math.isnan(rewards[id(group)][index])
+    ]
+    samples, skipped = reader.read_all(scored)
     plan = plan_minibatches(
         samples,
         source_of=lambda sample: sample.source,
@@ -223,7 +219,21 @@ class _Reader:
         self._settings = settings
         self._fresh = fresh
 
-    def read(self, group: VerifiedGroup, index: int, advantage: float) -> Sample | Skipped:
+    def read_all(
+        self, scored: list[tuple[VerifiedGroup, int, float]]
+    ) -> tuple[list[Sample], dict[str, Counter[str]]]:
+        """Returns the samples of scored rollouts, and how many were left out by agent and reason."""
+        samples: list[Sample] = []
+        skipped: dict[str, Counter[str]] = {}
+        for group, index, advantage in scored:
+            sample = self._read(group, index, advantage)
+            if isinstance(sample, Skipped):
+                skipped.setdefault(group.agent, Counter())[sample.value] += 1
+            else:
+                samples.append(sample)
+        return samples, skipped
+
+    def _read(self, group: VerifiedGroup, index: int, advantage: float) -> Sample | Skipped:
         prompt_id = group.group.prompt_id
         rollout = group.group.rollouts[index]
         fresh = self._fresh.get((prompt_id, index)) if group.agent == self._learner else None

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
 
 from hacrl_agents.exchange import JointBatch
 from hacrl_agents.hacpo import joint_advantages
@@ -215,6 +218,38 @@ def test_unscored_rollouts_are_left_out_and_change_nothing(lessons: Lessons) -> 
 
     assert with_unscored.plan == without.plan
     assert with_unscored.sources["b"].rollouts - with_unscored.sources["b"].scored == 2
+
+
+@examples(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(places=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=6))
+def test_unscored_rollouts_of_anybody_anywhere_change_nothing(
+    places: list[tuple[int, int]], lessons: Lessons
+) -> None:
+    plain = [*lessons.own(), *lessons.peers()]
+    mixed = list(plain)
+    for number, index in places:
+        mixed[number] = with_unscored(mixed[number], index)
+    fewer, more = lessons.learn(plain), lessons.learn(mixed)
+
+    def essence(lesson: Lesson) -> list[tuple[str, int, list[Sample]]]:
+        return [(each.source, each.planned_samples, list(each.samples)) for each in lesson.plan]
+
+    # Means of own rollouts are recomputed in other batches, so they agree up to rounding alone.
+    for (source, planned, found), (other_source, other_planned, others) in zip(
+        essence(fewer), essence(more), strict=True
+    ):
+        assert (source, planned) == (other_source, other_planned)
+        for one, other in zip(found, others, strict=True):
+            assert other.source_mean == pytest.approx(one.source_mean, abs=1e-5)
+            assert replace(other, source_mean=one.source_mean) == one
+
+
+def with_unscored(group: VerifiedGroup, index: int) -> VerifiedGroup:
+    """The group with its first rollout once more, unscored, at the index."""
+    rollouts, verdicts = list(group.group.rollouts), list(group.verdicts)
+    rollouts.insert(index, rollouts[0])
+    verdicts.insert(index, Unscored(UnscoredKind.VERIFIER_ERROR))
+    return replace(group, group=replace(group.group, rollouts=tuple(rollouts)), verdicts=tuple(verdicts))
 
 
 def test_what_is_left_out_is_counted_by_agent_and_reason(lessons: Lessons) -> None:
