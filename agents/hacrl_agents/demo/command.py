@@ -198,9 +198,10 @@ def _start(name: str, pool: str, settings: DemoSettings, out: Path, target: str,
 def _invitation(settings: DemoSettings, out: Path, target: str) -> str:
     """The one command by which a third agent takes part."""
     arguments = " ".join(settings.agent_arguments(objective=settings.objective))
+    model, folder = out / "models" / DESIGNS[1].name, out / "agents" / "third"
     return (
         f"A third agent can join from another terminal:\n  hacrl agent --broker {target} --pool {POOL} "
-        f"--name third --model {out / 'models' / DESIGNS[1].name} --out {out / 'agents' / 'third'} {arguments}"
+        f"--name third --model {model} --out {folder} {arguments}"
     )
 
 

@@ -115,18 +115,16 @@ def print_summary(
         )
     console.print()
     console.print(table)
-    audit = report["audit"]
+    audit, receipts = report["audit"], report["receipts"]
     console.print(
-        f"Alone means: the same start and as many own rollouts, without the pool. Pool {POOL!r} and the controls "
-        f"published {audit['accepted']:,} rollouts = {audit['scored']:,} scored + {audit['unscored']:,} unscored + "
-        f"{audit['pending']:,} pending; {report['receipts']['found']:,} of {report['receipts']['given']:,} receipts "
-        f"found in the log; the audit {'holds' if report['audit_ok'] else 'FAILS'}.",
-        highlight=False,
-    )
-    console.print(
+        f"Alone means: the same start and as many own rollouts, without the pool.\n"
+        f"Published by all: {audit['accepted']:,} rollouts = {audit['scored']:,} scored + "
+        f"{audit['unscored']:,} unscored + {audit['pending']:,} pending; {receipts['found']:,} of "
+        f"{receipts['given']:,} receipts found in the log; "
+        f"the audit {'holds' if report['audit_ok'] else 'FAILS'}.\n"
         f"It took {report['seconds']:.0f} s: {_seconds(runs, 'sample_seconds'):.0f} s of sampling, "
-        f"{_seconds(runs, 'train_seconds'):.0f} s of training and {_seconds(runs, 'publish_seconds'):.1f} s of "
-        f"publishing over {len(runs)} processes.",
+        f"{_seconds(runs, 'train_seconds'):.0f} s of training and {_seconds(runs, 'publish_seconds'):.1f} s "
+        f"of publishing over {len(runs)} processes.",
         highlight=False,
     )
     console.print(f"Settings: {json.dumps(asdict(settings))}", highlight=False, style="dim")
