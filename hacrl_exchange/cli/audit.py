@@ -54,7 +54,8 @@ def _audit_with_progress(folder: Path, journals: list[Path]) -> AuditReport:
     from hacrl_exchange.broker.audit import audit as recount
 
     columns = (TextColumn("recounting records"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
         return recount(
             folder, journals, progress=lambda done, total: bar.update(task, completed=done, total=total)

@@ -82,14 +82,16 @@ def _read_with_progress(file: Path) -> list[PromptEntry]:
 
     from hacrl_exchange.cli.prompt_file import read_prompts
 
+    console = Console(stderr=True)
     with (
         file.open("rb") as raw,
         wrap_file(
             raw,
             file.stat().st_size,
             description=f"reading {file.name}",
-            console=Console(stderr=True),
+            console=console,
             transient=True,
+            disable=not console.is_terminal,
         ) as lines,
     ):
         return list(read_prompts(lines, where=str(file)))

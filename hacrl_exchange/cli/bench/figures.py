@@ -96,9 +96,10 @@ def print_figures(figures: Figures, around: Circumstances) -> None:
     )
     console.print(table)
     console.print(
-        f"{around.groups:,} groups a phase, {around.tokens_per_group:,} tokens each; verified "
-        f"{around.verify_rollouts_per_s:,.0f} rollouts/s; delivered "
-        f"{around.delivered_bytes_per_token:.2f} bytes a token; zstd-19 presses the texts to "
-        f"{around.zstd19_bytes_per_token:.2f} bytes a token; the audit found {around.audit_problems} problems; load average {around.load_average:.1f}.",
+        f"{around.groups:,} groups a phase, {around.tokens_per_group:,} tokens each; "
+        f"verified {around.verify_rollouts_per_s:,.0f} rollouts/s; "
+        f"delivered {around.delivered_bytes_per_token:.2f} bytes a token; "
+        f"zstd-19 presses the texts to {around.zstd19_bytes_per_token:.2f} bytes a token; "
+        f"the audit found {around.audit_problems} problems; load average {around.load_average:.1f}.",
         highlight=False,
     )

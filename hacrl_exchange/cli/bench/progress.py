@@ -13,7 +13,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 def bars() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
     """Yields a function that opens a bar and returns what to tell its progress; gone at the end."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=4) as progress:
+    console = Console(stderr=True)
+    with Progress(
+        *columns,
+        console=console,
+        transient=True,
+        refresh_per_second=4,
+        disable=not console.is_terminal,
+    ) as progress:
 
         def show(title: str, total: int) -> Callable[[int], None]:
             task = progress.add_task(title, total=total)
