@@ -50,9 +50,9 @@ AGENT_A: Final = AgentDesign(
     feed_forward=192,
     parity=0,
     own_share=0.99,
-    iterations=480,
+    iterations=400,
     cooldown=140,
-    seed=0,
+    seed=2,
 )
 AGENT_B: Final = AgentDesign(
     name="agent-b",
@@ -61,9 +61,9 @@ AGENT_B: Final = AgentDesign(
     feed_forward=128,
     parity=1,
     own_share=0.99,
-    iterations=400,
+    iterations=360,
     cooldown=120,
-    seed=0,
+    seed=1,
 )
 DESIGNS: Final = (AGENT_A, AGENT_B)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -19,8 +19,6 @@ from typing import Any, Final
 
 FAMILY: Final = "basic_arithmetic"
 SOURCE: Final = "reasoning-gym/basic_arithmetic"
-FULL_SCORE: Final = 0.999
-"""A scorer's value from here on counts as solved; scorers give partial credit to some wrong answers."""
 
 _DIGITS = 3
 _SMALLEST, _LARGEST = 10 ** (_DIGITS - 1), 10**_DIGITS - 1
@@ -120,9 +118,9 @@ def draw_warm_start_pair(rng: Random, *, parity: int, own_share: float) -> tuple
     any_half = rng.random() >= own_share
     while True:
         pair = rng.randint(_SMALLEST, _LARGEST), rng.randint(_SMALLEST, _LARGEST)
-        if any_half or all(number // _SMALLEST % 2 == parity for number in pair):
-            if world(*pair) is World.WARM_START:
-                return pair
+        of_half = any_half or all(number // _SMALLEST % 2 == parity for number in pair)
+        if of_half and world(*pair) is World.WARM_START:
+            return pair
 
 
 def write_prompts(problems: Iterable[Problem], path: Path) -> Path:
@@ -153,22 +151,10 @@ def extract_answer(text: str) -> str | None:
     return inner if opened and closed else None
 
 
-def solved(problem: Problem, text: str) -> bool:
-    """Says whether the family's scorer gives the extracted answer full marks."""
-    return score(text, json.loads(problem.entry_json)) >= FULL_SCORE
-
-
 def score(text: str, entry: dict[str, Any]) -> float:
     """Returns the family's score of the extracted answer; what `hacrl agent --eval-scorer` calls."""
     answer = extract_answer(text)
     return 0.0 if answer is None else _scorer()(answer, entry)
-
-
-def accuracy(problems: Sequence[Problem], texts: Sequence[str]) -> float:
-    """Returns the share of problems that their texts solve, in [0, 1]."""
-    if not problems:
-        raise ValueError("There is no problem to evaluate: ask for at least one.")
-    return sum(map(solved, problems, texts)) / len(problems)
 
 
 @functools.cache
