@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, Protocol
 
 from hacrl_exchange.types import (
@@ -55,7 +55,7 @@ class Step(Protocol):
     def closed(self) -> bool: ...
     @property
     def committed(self) -> Mapping[str, Group]: ...
-    def joint_batch(self, *, parts: Collection[Literal["text", "tokens", "logprobs", "meta"]]) -> JointBatch:
+    def joint_batch(self, *, parts: tuple[Literal["text", "tokens", "logprobs", "meta"], ...]) -> JointBatch:
         """Waits until the step closes."""
         ...
 

@@ -68,11 +68,17 @@ def make_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> P
     """Returns the policy of a model in memory.
 
     Raises:
-        ModelLoadError: if the tokenizer has no end token, or ids that the model lacks.
+        ModelLoadError: if the tokenizer has no end token or ids that the model lacks, or the model no cache.
     """
     ends = _end_ids(model, tokenizer)
     if not ends:
         raise ModelLoadError("The tokenizer has no end token: set eos_token, or responses would never end.")
+    takes = inspect.signature(model.forward).parameters
+    if "past_key_values" not in takes:
+        raise ModelLoadError(
+            f"{type(model).__name__} takes no key-value cache, which the sampler needs: use a model with "
+            "attention (hybrids are fine)."
+        )
     embedding = model.get_input_embeddings()
     size = int(embedding.weight.shape[0])
     if len(tokenizer) > size:
@@ -92,7 +98,7 @@ def make_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> P
         pad_id=int(pad),
         max_positions=int(limit) if limit else _UNLIMITED,
         vocabulary_size=size,
-        keeps_logits="logits_to_keep" in inspect.signature(model.forward).parameters,
+        keeps_logits="logits_to_keep" in takes,
     )
 
 

@@ -163,7 +163,7 @@ class _Batch:
 
     def keep(self, index: Tensor) -> None:
         """Replaces the rows by those at the index, which may repeat."""
-        self._cache.batch_select_indices(index)
+        self._cache.reorder_cache(index)
         self._next = self._next[index]
         if self._mask is not None:
             self._mask = self._mask[index]

@@ -3,10 +3,28 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 from hacrl_agents.errors import ModelLoadError
+from hacrl_agents.logprobs import Row, all_log_probs
 from hacrl_agents.policy import Policy, load_policy, make_policy
+from hacrl_agents.samplers.transformers import SamplingRequest, sample
 
 
 def saved(policy: Policy, folder: Path) -> Path:
@@ -79,3 +97,60 @@ def test_a_tokenizer_without_end_token_is_refused(qwen: Policy) -> None:
 
     with pytest.raises(ModelLoadError, match=r"^The tokenizer has no end token: "):
         make_policy(qwen.model, qwen.tokenizer)
+
+
+def test_a_model_without_key_value_cache_is_refused(qwen: Policy) -> None:
+    config = MambaConfig(
+        vocab_size=110, hidden_size=16, num_hidden_layers=1, state_size=4, bos_token_id=None, eos_token_id=1
+    )
+
+    with pytest.raises(ModelLoadError, match=r"^MambaForCausalLM takes no key-value cache, "):
+        make_policy(MambaForCausalLM(config), qwen.tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "mistral", "gemma2", "hybrid"])
+def test_other_kinds_of_models_sample_what_full_forward_passes_say(kind: str, qwen: Policy) -> None:
+    """Absolute positions, an offset, a sliding window, capped logits, linear attention."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        policy = make_policy(build(kind), qwen.tokenizer)
+    prompts = (3, 30, 31, 32, 33, 34, 4), (3, 20, 21, 4)
+    answers = sample(policy, [SamplingRequest(ids, 1) for ids in prompts], max_tokens=10, temperature=0)
+
+    for prompt, (answer,) in zip(prompts, answers, strict=True):
+        ids = list(prompt)
+        with torch.no_grad():
+            for expected in answer.token_ids:
+                ids.append(int(policy.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+                assert ids[-1] == expected
+        together, alone = (
+            all_log_probs(policy, rows, micro_batch=2)[0]
+            for rows in ([Row(prompt, (40, 41)), Row(prompt[:2], (50,))], [Row(prompt, (40, 41))])
+        )
+        torch.testing.assert_close(together, alone, atol=2e-5, rtol=0)
+
+
+def build(kind: str) -> PreTrainedModel:
+    ids = {"vocab_size": 110, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    }
+    wide = {"intermediate_size": 64, "num_key_value_heads": 2, "initializer_range": 0.25, **shape, **ids}
+    if kind == "gpt2":
+        config = GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.25, **ids)
+        return GPT2LMHeadModel(config)
+    if kind == "opt":
+        return OPTForCausalLM(OPTConfig(ffn_dim=64, word_embed_proj_dim=32, init_std=0.25, **shape, **ids))
+    if kind == "mistral":
+        return MistralForCausalLM(MistralConfig(sliding_window=4, **wide))
+    if kind == "gemma2":
+        return Gemma2ForCausalLM(Gemma2Config(head_dim=8, sliding_window=4, **wide))
+    experts = {"num_experts": 4, "num_experts_per_tok": 2}
+    experts |= {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+    linear = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
+    linear |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    layers = ["linear_attention", "full_attention"]
+    return Qwen3NextForCausalLM(Qwen3NextConfig(head_dim=8, layer_types=layers, **experts, **linear, **wide))
