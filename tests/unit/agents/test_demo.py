@@ -26,7 +26,6 @@ from hacrl_agents.demo.task import (
 from hacrl_agents.demo.vocabularies import CHARACTERS, MERGES, build_tokenizer
 from hacrl_agents.demo.warm_start import ANNEALED_TO, learning_rate_factor, warm_start
 
-
 LONGEST = worked_answer(999, 999)
 
 
