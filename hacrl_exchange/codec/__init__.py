@@ -82,7 +82,6 @@ __all__ = [
     "step_counts_from_proto",
     "step_counts_to_proto",
     "step_name",
-    "timestamp_from_proto",
     "timestamp_to_proto",
     "verdict_from_proto",
     "verdict_to_proto",

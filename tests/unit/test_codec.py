@@ -659,3 +659,7 @@ def test_the_types_have_the_wire_values_of_the_protocol() -> None:
     assert {one.value for one in FinishReason} == set(pb.FinishReason.values()) - {0}
     assert {one.value for one in LogprobOrigin} == set(pb.LogprobOrigin.values()) - {0}
     assert {one.value for one in VerdictReason} == set(verdict_pb2.VerdictReason.values())
+
+
+def test_everything_the_package_lists_is_there() -> None:
+    assert [name for name in codec.__all__ if not hasattr(codec, name)] == []
