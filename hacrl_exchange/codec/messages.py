@@ -85,11 +85,6 @@ def duration_from_proto(duration: Duration) -> float:
     return (duration.seconds * _NANOS + duration.nanos) / _NANOS
 
 
-def timestamp_from_proto(timestamp: Timestamp) -> int:
-    """A Timestamp in microseconds since the epoch, rounded down."""
-    return timestamp.seconds * 1_000_000 + timestamp.nanos // 1000
-
-
 def prompt_to_proto(prompt: Prompt) -> prompt_pb2.Prompt:
     """The public part of a prompt."""
     return prompt_pb2.Prompt(
