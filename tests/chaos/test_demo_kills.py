@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from processes import children, kill, wait_until
 
 STEPS = 16
