@@ -80,7 +80,7 @@ class Publisher:
         flights: deque[_Flight] = deque()
         try:
             for batch in _batches(groups, max_groups=self._max_groups, max_size=self._max_size):
-                if len(flights) >= _CALLS_IN_FLIGHT:
+                while flights and (len(flights) >= _CALLS_IN_FLIGHT or flights[0].future.done()):
                     yield from self._land(flights.popleft())
                 flights.append(self._start(batch))
             while flights:

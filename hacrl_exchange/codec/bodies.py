@@ -42,6 +42,8 @@ _ROUNDING: Final[dict[int, tuple[float, float]]] = {
     pb.ELEMENT_TYPE_F16: (2.0**-11, 2.0**-25),
     pb.ELEMENT_TYPE_F32: (2.0**-24, 2.0**-150),
 }
+# The least magnitude that rounds to infinity.
+_OVERFLOW: Final[dict[str, float]] = {"f16": 65520.0, "f32": 2.0**128 - 2.0**103}
 # A caller may add up in float32, over thousands of values: only a gross contradiction is its mistake.
 _STATED_SUM_SLACK = 1e-3
 
@@ -117,10 +119,8 @@ def logprob_bytes(
             f"A log-prob of rollout {index} is NaN, infinite or positive; check how it was computed.",
             rollout=index,
         )
-    with np.errstate(over="ignore"):
-        rounded = joined.astype(_DTYPES[LOGPROB_ELEMENT_TYPES[dtype]], copy=False)
-    if rounded.min() == -np.inf:
-        index = _rollout_of(int(np.argmin(rounded)), counts)
+    if values.min() <= -_OVERFLOW[dtype]:
+        index = _rollout_of(int(np.argmin(values)), counts)
         raise InvalidLogprobError(
             f"A log-prob of rollout {index} is {values.min():g}, which {dtype} cannot hold; "
             f"check it, or encode as f32.",
@@ -136,7 +136,7 @@ def logprob_bytes(
                 f"its log-probs add up to {total:.6g}.",
                 rollout=index,
             )
-    return rounded.tobytes(), sums
+    return values.astype(_DTYPES[LOGPROB_ELEMENT_TYPES[dtype]]).tobytes(), sums
 
 
 def _rollout_of(position: int, counts: Sequence[int]) -> int:
