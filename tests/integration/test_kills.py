@@ -19,7 +19,7 @@ from hacrl_agents.demo.models import DESIGNS
 from hacrl_exchange.broker.audit import audit
 from hacrl_exchange.client import connect
 from hacrl_exchange.types import StepOutcome
-from processes import children, kill
+from processes import children, kill, wait_until
 from smallrun import GROUP_SIZE, PROMPTS, STEPS, SmallRun, write_models
 
 
@@ -87,23 +87,25 @@ def test_kills_of_broker_worker_and_agent_change_nothing(
 def test_a_third_agent_joins_a_running_pool_and_takes_part_from_the_next_step(
     tmp_path: Path, models: Path
 ) -> None:
-    steps = 24  # enough that the others are not done when the newcomer has imported its libraries
-    run = SmallRun(tmp_path, models, steps=steps)
+    run = SmallRun(tmp_path, models, steps=0)
     try:
         run.wait_for_step(1)
-        run.agents.append(run.start_agent("third", models / DESIGNS[1].name))
-        run.finish()
+        third = run.start_agent("third", models / DESIGNS[1].name, "--steps", "3")
+        run.agents.append(third)
+        wait_until(lambda: not third.is_running(), seconds=90, what="the third agent done")
+        metrics = (tmp_path / "third" / "metrics.jsonl").read_text().splitlines()
+        trained = [json.loads(line) for line in metrics]
+        first = trained[0]["step"]
         with connect(run.broker.target) as exchange:
-            batches = list(exchange.follow("p"))
+            batches = [exchange.replay("p", step) for step in range(first - 1, first + 3)]
     finally:
         run.close()
 
-    rosters = [tuple(entry.agent for entry in batch.roster) for batch in batches]
-    joined = rosters.index((*(design.name for design in DESIGNS), "third"))
-    assert joined >= 1
-    assert all("third" not in roster for roster in rosters[:joined])
-    assert all("third" in roster for roster in rosters[joined:])
+    names = [design.name for design in DESIGNS]
+    assert [line["step"] for line in trained] == [first, first + 1, first + 2]
+    assert [[entry.agent for entry in batch.roster] for batch in batches] == [
+        names,
+        *[[*names, "third"]] * 3,
+    ]
     assert all(batch.outcome is StepOutcome.COMPLETE for batch in batches)
-    trained = [json.loads(line) for line in (tmp_path / "third" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in trained] == list(range(joined + 1, steps + 1))
-    assert set(trained[-1]["sources"]) == {"third", *(design.name for design in DESIGNS)}
+    assert set(trained[-1]["sources"]) == {*names, "third"}

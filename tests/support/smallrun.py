@@ -37,8 +37,8 @@ def write_models(folder: Path) -> Path:
 
 
 def create_pool(target: str, *, steps: int) -> None:
-    """Pool `p`: as many prompts as its steps need."""
-    problems = make_split(0, training=steps * PROMPTS, held_out=1).training
+    """Pool `p`; with 0 steps it never ends and its prompts come again."""
+    problems = make_split(0, training=STEPS * PROMPTS, held_out=1).training
     entries = [
         PromptEntry(Prompt(problem.prompt_id, (Message("user", problem.question),)), problem.entry_json)
         for problem in problems
@@ -60,14 +60,15 @@ class SmallRun:
         create_pool(self.broker.target, steps=steps)
         self.agents = [self.start_agent(design.name, models / design.name) for design in DESIGNS]
 
-    def start_agent(self, name: str, model: Path) -> Kept:
-        """One more agent, by the one command."""
+    def start_agent(self, name: str, model: Path, *more: str) -> Kept:
+        """One more agent, by the one command; `more` are further options."""
         command = exchange_command(
             "agent",
             *("--broker", self.broker.target, "--pool", "p", "--name", name),
             *("--model", str(model), "--out", str(self.folder / name)),
             *("--journal", str(self.folder / f"{name}.jsonl"), "--max-tokens", "12"),
             *("--minibatch-prompts", "2", "--lr", "1e-3", "--own-clip", "0.05"),
+            *more,
         )
         return Kept(name, command, log=self.folder / f"{name}.log")
 
