@@ -29,7 +29,7 @@ class Commands(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """A command as help shows it; its code stays unloaded."""
         place = places().get(cmd_name)
-        return None if place is None else TyperCommand(cmd_name, help=summary(place))
+        return None if place is None else TyperCommand(cmd_name, short_help=summary(place))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command that is to run, loaded."""

@@ -1,4 +1,4 @@
-"""`hacrl pool create|show|list`: makes pools and tells where they stand."""
+"""Create pools and see where they stand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from hacrl_exchange.cli.options import DEFAULT_BROKER, Broker, Json, seconds_of
 
 pool = typer.Typer(
-    help="Create pools and see where they stand.",
+    help=__doc__,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -172,7 +172,7 @@ def show(name: PoolName, broker: Broker = DEFAULT_BROKER, json: Json = False) ->
         # The envelopes alone: the roster is what is shown, and the bodies may be large.
         last = None
         if closed:
-            last = exchange.replay(name, closed[-1], parts=["meta"], timeout_seconds=10)
+            last = exchange.replay(name, closed[-1], parts=("meta",), timeout_seconds=10)
     if json:
         print_json(pool_json(status, members, last=last))
     else:

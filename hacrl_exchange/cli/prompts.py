@@ -1,4 +1,4 @@
-"""`hacrl prompts add|list`: puts prompt sets into a broker."""
+"""Store prompt sets and list them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hacrl_exchange.types import PromptEntry
 
 prompts = typer.Typer(
-    help="Store prompt sets and list them.",
+    help=__doc__,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,

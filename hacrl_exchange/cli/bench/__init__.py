@@ -1,4 +1,4 @@
-"""`hacrl bench ...`: measures an exchange on this machine."""
+"""Measure what an exchange does on this machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from hacrl_exchange.cli.options import Json
 
 bench = typer.Typer(
-    help="Measure what an exchange does on this machine.",
+    help=__doc__,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -18,8 +18,9 @@ bench = typer.Typer(
 
 
 @bench.callback()
-def _several() -> None:
-    """Measure what an exchange does on this machine."""
+def _group() -> None:
+    # With a callback typer keeps `exchange` a command below; alone it would be `hacrl bench` itself.
+    return
 
 
 @bench.command("exchange")
