@@ -23,7 +23,7 @@ Out = Annotated[
         rich_help_panel=_OUTPUT,
     ),
 ]
-Broker = Annotated[str, typer.Option(help="Address of the broker, host:port.")]
+Broker = Annotated[str, typer.Option(envvar="HACRL_BROKER", help="Address of the broker, host:port.")]
 Steps = Annotated[
     int, typer.Option(min=0, help="Steps to train, counted over restarts. 0: until the pool ends.")
 ]

@@ -9,7 +9,10 @@ import typer
 
 def worker(
     broker: Annotated[
-        str, typer.Option(help="Address of the broker: HOST:PORT, or unix:PATH.", metavar="TARGET")
+        str,
+        typer.Option(
+            envvar="HACRL_BROKER", help="Address of the broker: HOST:PORT, or unix:PATH.", metavar="TARGET"
+        ),
     ] = "localhost:7447",
     verifier: Annotated[
         list[str] | None,
