@@ -57,7 +57,7 @@ class Identities:
 async def _abort(context: Context, error: ExchangeError) -> None:
     status = to_status(error)
     await context.abort(
-        grpc_code(error.code), error.message, trailing_metadata=((DETAILS_KEY, status.SerializeToString()),)
+        grpc_code(error.code), status.message, trailing_metadata=((DETAILS_KEY, status.SerializeToString()),)
     )
 
 
