@@ -13,7 +13,7 @@ from rich.table import Table
 
 from hacrl_agents.demo.processes import DemoError
 from hacrl_agents.demo.runs import Run
-from hacrl_agents.demo.settings import HELD_OUT_PROMPTS, POOL, DemoSettings
+from hacrl_agents.demo.settings import HELD_OUT_PROMPTS, DemoSettings
 from hacrl_agents.policy import load_policy
 
 _TOTALS = ("accepted", "scored", "unscored", "pending")
