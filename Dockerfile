@@ -36,7 +36,8 @@ CMD ["--help"]
 FROM runtime AS broker
 COPY --from=build /opt/hacrl /opt/hacrl
 VOLUME /var/lib/hacrl
-EXPOSE 7447
+# Without keys the broker serves loopback alone, so the container shares the host's: run it with
+#   docker run --network host -v hacrl:/var/lib/hacrl hacrl-exchange:broker
 # The broker answers the standard gRPC health service.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10s --retries=3 CMD ["python", "-c", "\
 import grpc; \
