@@ -36,7 +36,7 @@ class AgentDesign:
     own_share: float
     """Share of its examples whose operands are both of that kind; the rest are any."""
     iterations: int
-    """Warm-start updates."""
+    """Warm-start updates, as planned."""
     cooldown: int
     """How many of them, at the end, anneal the learning rate."""
     seed: int

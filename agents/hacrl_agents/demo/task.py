@@ -115,11 +115,19 @@ def draw_warm_start_pair(rng: Random, *, parity: int, own_share: float) -> tuple
     Its half are the numbers whose hundreds digit has the given parity (0 even, 1 odd). With probability
     `own_share` both operands are of that half, otherwise they are any.
     """
-    any_half = rng.random() >= own_share
+    if rng.random() >= own_share:
+        return any_warm_start_pair(rng)
+    while True:
+        pair = any_warm_start_pair(rng)
+        if all(number // _SMALLEST % 2 == parity for number in pair):
+            return pair
+
+
+def any_warm_start_pair(rng: Random) -> tuple[int, int]:
+    """Returns two operands of the warm starts' world."""
     while True:
         pair = rng.randint(_SMALLEST, _LARGEST), rng.randint(_SMALLEST, _LARGEST)
-        of_half = any_half or all(number // _SMALLEST % 2 == parity for number in pair)
-        if of_half and world(*pair) is World.WARM_START:
+        if world(*pair) is World.WARM_START:
             return pair
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+import hacrl_agents.demo.warm_start as module
 from hacrl_agents.demo.models import AGENT_A, AGENT_B, DESIGNS, AgentDesign, build_agent
 from hacrl_agents.demo.task import (
     World,
@@ -25,6 +27,7 @@ from hacrl_agents.demo.task import (
 )
 from hacrl_agents.demo.vocabularies import CHARACTERS, MERGES, build_tokenizer
 from hacrl_agents.demo.warm_start import ANNEALED_TO, learning_rate_factor, warm_start
+from hacrl_agents.policy import Policy
 
 LONGEST = worked_answer(999, 999)
 
@@ -173,22 +176,71 @@ def test_building_an_agent_gives_the_same_weights_and_leaves_the_global_generato
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("design", DESIGNS, ids=lambda design: design.name)
-def test_a_warm_start_ends_annealed_to_a_tenth(design: AgentDesign) -> None:
-    factors = [learning_rate_factor(design, step) for step in range(design.iterations)]
+def test_a_warm_start_rises_stays_and_is_annealed_to_a_tenth() -> None:
+    factors = [learning_rate_factor(step, cooling_from=100, cooldown=50) for step in range(150)]
 
-    assert max(factors) == 1.0
-    assert factors[design.iterations - design.cooldown - 1] == 1.0
-    assert factors[-1] == pytest.approx(ANNEALED_TO, abs=0.01)
-    assert factors[-design.cooldown :] == sorted(factors[-design.cooldown :], reverse=True)
+    assert factors[:30] == sorted(factors[:30])
+    assert set(factors[30:100]) == {1.0}
+    assert factors[100:] == sorted(factors[100:], reverse=True)
+    assert factors[-1] == pytest.approx(ANNEALED_TO)
+
+
+def plan_of(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, share: Callable[[float, int], float]
+) -> list[int]:
+    """Runs a warm start of empty updates and returns the steps at which sampled answers were probed."""
+    probed: list[int] = []
+    steps = 0
+
+    def count_update(*_: object, **__: object) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal steps
+        steps += 1
+        return torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long)
+
+    def solved_share(policy: Policy, *, temperature: float) -> float:
+        if temperature:
+            probed.append(steps)
+        return share(temperature, steps)
+
+    monkeypatch.setattr(module, "_examples", count_update)
+    monkeypatch.setattr(module, "_imitation_loss", lambda model, *_: next(model.parameters()).sum() * 0)
+    monkeypatch.setattr(module, "solved_share", solved_share)
+    warm_start(dataclasses.replace(AGENT_B, iterations=240, cooldown=40), tmp_path)
+    return probed
+
+
+@pytest.mark.slow
+def test_a_warm_start_that_learns_as_planned_ends_as_planned(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert plan_of(monkeypatch, tmp_path, lambda temperature, _: 0.5 if temperature else 0.0) == [240]
+
+
+@pytest.mark.slow
+def test_a_warm_start_that_learns_fast_cools_down_earlier(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert plan_of(monkeypatch, tmp_path, lambda *_: 0.5) == [160 + 40]
+
+
+@pytest.mark.slow
+def test_a_warm_start_that_learned_too_little_heats_up_again_but_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    able_later = plan_of(monkeypatch, tmp_path, lambda _, step: 0.5 if step > 300 else 0.0)
+    never = plan_of(monkeypatch, tmp_path, lambda *_: 0.0)
+
+    assert able_later == [240, 340]
+    assert never == [240, 340]  # the third cooldown ends it, whatever it can do
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("design", DESIGNS, ids=lambda design: design.name)
 def test_a_warm_start_is_saved_as_anybody_saves_and_is_the_same_every_time(
-    design: AgentDesign, tmp_path: Path
+    design: AgentDesign, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short = dataclasses.replace(design, iterations=2, cooldown=1)
+    monkeypatch.setattr(module, "MOST_COOLDOWNS", 1)
     folders = [warm_start(short, tmp_path / name) for name in ("one", "two")]
     one, two = (AutoModelForCausalLM.from_pretrained(folder) for folder in folders)
 
@@ -199,7 +251,8 @@ def test_a_warm_start_is_saved_as_anybody_saves_and_is_the_same_every_time(
 
 
 @pytest.mark.slow
-def test_a_warm_start_tells_its_progress(tmp_path: Path) -> None:
+def test_a_warm_start_tells_its_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_COOLDOWNS", 1)
     told: list[int] = []
     short = dataclasses.replace(AGENT_B, iterations=40, cooldown=1)
 
