@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -14,6 +15,7 @@ from hacrl_agents.demo.runs import Run
 from hacrl_agents.demo.settings import DemoSettings
 
 _LINE_EVERY_STEPS = 10
+_BAR_WIDTH = 12
 
 
 class Board:
@@ -50,18 +52,18 @@ class Board:
                 self._console.print(self._line(run), highlight=False)
 
     def _table(self, runs: Sequence[Run]) -> Table:
-        table = Table(expand=False, title="held-out accuracy rises as the agents train")
-        table.add_column("agent")
-        table.add_column("steps", width=24)
-        for title in ("", "solved in training", "held-out", "learned from peers", "ratio"):
-            table.add_column(title, justify="right")
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("agent", no_wrap=True)
+        table.add_column("steps", width=_BAR_WIDTH)
+        for title in ("", "solved", "held-out", "peers' used", "ratio"):
+            table.add_column(title, justify="right", no_wrap=True)
         for run in runs:
             steps = run.steps()
             last = steps[-1] if steps else {}
             curve = run.curve()
             table.add_row(
                 run.label,
-                ProgressBar(total=self._settings.steps, completed=len(steps), width=24),
+                ProgressBar(total=self._settings.steps, completed=len(steps), width=_BAR_WIDTH),
                 f"{len(steps)}/{self._settings.steps}",
                 _percent(last.get("success_rate")),
                 f"{curve[0][1]:.1%} -> {curve[-1][1]:.1%}" if curve else "",

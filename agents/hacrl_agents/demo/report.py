@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -91,25 +91,29 @@ def print_summary(
     report: Mapping[str, Any], runs: Sequence[Run], *, settings: DemoSettings, out: Path, console: Console
 ) -> None:
     """Prints what was learned, what was shared and what it cost."""
-    table = Table(title=f"Held-out accuracy on {HELD_OUT_PROMPTS} prompts that nobody trained on")
-    table.add_column("agent")
+    table = Table(
+        title=f"Held-out accuracy on {HELD_OUT_PROMPTS} prompts that nobody trained on",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("agent", no_wrap=True)
     for title in (
         "before",
-        f"together ({settings.objective})",
-        "alone (gspo)",
-        "gained",
-        "own rollouts",
-        "of peers",
+        f"together\n{settings.objective}",
+        "alone\ngspo",
+        "points\ngained",
+        "own\nrollouts",
+        "peers'\nused",
     ):
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     for agent in report["agents"]:
-        gained = agent["accuracy_after"] - agent["accuracy_before"]
+        architecture = agent["architecture"].removesuffix("ForCausalLM")
         table.add_row(
-            f"{agent['name']}\n[dim]{agent['architecture']}, {agent['parameters']:,} parameters[/dim]",
+            f"{agent['name']} [dim]{architecture}, {agent['parameters'] / 1000:.0f}k[/dim]",
             f"{agent['accuracy_before']:.1%}",
             f"[bold]{agent['accuracy_after']:.1%}[/bold]",
             f"{agent['accuracy_alone']:.1%}",
-            f"{100 * gained:+.1f} points",
+            f"{100 * (agent['accuracy_after'] - agent['accuracy_before']):+.1f}",
             f"{agent['own_rollouts']:,}",
             f"{agent['peer_rollouts_used']:,}",
         )
@@ -127,7 +131,8 @@ def print_summary(
         f"of publishing over {len(runs)} processes.",
         highlight=False,
     )
-    console.print(f"Settings: {json.dumps(asdict(settings))}", highlight=False, style="dim")
+    chosen = ", ".join(f"{name} {value}" for name, value in asdict(settings).items())
+    console.print(f"Settings: {chosen}.", highlight=False, style="dim")
     console.print(f"Wrote {out / 'report.json'} and {out / 'learning.png'}.", highlight=False)
 
 
