@@ -15,7 +15,7 @@ from hacrl_agents.demo.runs import Run
 from hacrl_agents.demo.settings import DemoSettings
 
 _LINE_EVERY_STEPS = 10
-_BAR_WIDTH = 12
+_BAR_WIDTH = 9
 
 
 class Board:
