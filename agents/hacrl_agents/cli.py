@@ -102,7 +102,7 @@ def agent(
 
 
 def demo(
-    steps: Annotated[int, typer.Option(min=1, help="Steps that the agents train.")] = 60,
+    steps: Annotated[int, typer.Option(min=1, help="Steps that the agents train.")] = 40,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same accuracies.")] = 0,
     objective: Annotated[
         str,

@@ -19,7 +19,7 @@ class DemoSettings:
     """How the demo trains. Chosen by measurement: docs/demo.md tells the figures."""
 
     objective: str = "hacpo"
-    steps: int = 60
+    steps: int = 40
     seed: int = 0
     prompts_per_step: int = 24
     group_size: int = 8
