@@ -27,5 +27,7 @@ class Limits:
     max_prompt_set_size: int = 256 * MIB
     max_prompt_size: int = 1 * MIB
     max_detail_size: int = 2048
-    max_publishing_size: int = 128 * MIB
-    """Bytes of PublishGroups requests being checked at once; more is answered OVERLOADED."""
+    max_call_decoded_size: int = 128 * MIB
+    """What all groups of a PublishGroups call may decode to."""
+    max_publishing_size: int = 256 * MIB
+    """What PublishGroups calls under way may decode to; more is answered OVERLOADED."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
+from google.rpc import status_pb2
+
 from hacrl_exchange._pb import exchange_service_pb2 as pb
 from hacrl_exchange._pb import rollout_pb2
 from hacrl_exchange.broker.broker import Pool
@@ -44,7 +46,13 @@ class Publishing:
             raise InvalidRequestError(
                 f"A call publishes 1 to {limit} groups; this one has {len(request.groups)}.", field="groups"
             )
-        size = request.ByteSize()
+        size = _cost(request, max_part=self._limits.max_part_decoded_size)
+        if size > self._limits.max_call_decoded_size:
+            raise InvalidRequestError(
+                f"The groups of the call decode to {size} bytes; the limit is "
+                f"{self._limits.max_call_decoded_size}. Publish them in several calls.",
+                field="groups",
+            )
         if self._under_way and self._under_way + size > self._limits.max_publishing_size:
             raise OverloadedError(
                 "The broker is checking as much as it can hold; retry shortly.", retry_seconds=0.2
@@ -62,9 +70,9 @@ class Publishing:
 
     def _check_all(
         self, spec: PoolSpec, pool_name: str, request: pb.PublishGroupsRequest
-    ) -> list[tuple[Slot, CheckedGroup] | ExchangeError]:
+    ) -> list[tuple[Slot, CheckedGroup] | status_pb2.Status]:
         """In a gate thread: what each group is, or why it is refused."""
-        outcomes: list[tuple[Slot, CheckedGroup] | ExchangeError] = []
+        outcomes: list[tuple[Slot, CheckedGroup] | status_pb2.Status] = []
         for group in request.groups:
             try:
                 slot = _own_slot(group, pool_name=pool_name, agent=request.caller.agent)
@@ -73,14 +81,15 @@ class Publishing:
                 )
                 outcomes.append((slot, checked))
             except ExchangeError as error:
-                outcomes.append(error)
+                # Not the error itself: its traceback holds the frames that hold the decoded parts.
+                outcomes.append(to_status(error))
         return outcomes
 
     async def _accept(
-        self, pool: Pool, caller: pb.Caller, outcome: tuple[Slot, CheckedGroup] | ExchangeError
+        self, pool: Pool, caller: pb.Caller, outcome: tuple[Slot, CheckedGroup] | status_pb2.Status
     ) -> pb.PublishResult:
-        if isinstance(outcome, ExchangeError):
-            return pb.PublishResult(error=to_status(outcome))
+        if isinstance(outcome, status_pb2.Status):
+            return pb.PublishResult(error=outcome)
         slot, checked = outcome
         try:
             return pb.PublishResult(receipt=await self._put(pool, caller, slot, checked))
@@ -122,6 +131,18 @@ class Publishing:
             session=session,
             rollout_count=checked.rollout_count,
         )
+
+
+def _cost(request: pb.PublishGroupsRequest, *, max_part: int) -> int:
+    """What checking the call may allocate: its bodies as sent or, if larger, as they claim to be.
+
+    A part that claims more than one may is refused alone, before it is decoded.
+    """
+    return sum(
+        max(len(stored), info.decoded_size if info.decoded_size <= max_part else 0)
+        for group in request.groups
+        for stored, info in zip(group.parts, group.envelope.parts, strict=False)
+    )
 
 
 def _own_slot(group: rollout_pb2.Group, *, pool_name: str, agent: str) -> Slot:
