@@ -128,6 +128,7 @@ class GetServerInfoResponse(_message.Message):
     COMPRESSIONS_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     SERVER_TIME_FIELD_NUMBER: _builtins.int
+    ELEMENT_TYPES_FIELD_NUMBER: _builtins.int
     protocol_revision: _builtins.int
     """Revision of the protocol within v1; grows with every addition."""
     server_version: _builtins.str
@@ -148,6 +149,10 @@ class GetServerInfoResponse(_message.Message):
     def server_time(self) -> _timestamp_pb2.Timestamp:
         """The server's clock."""
 
+    @_builtins.property
+    def element_types(self) -> _containers.RepeatedScalarFieldContainer[_rollout_pb2.ElementType.ValueType]:
+        """Element types the gate accepts."""
+
     def __init__(
         self,
         *,
@@ -157,10 +162,11 @@ class GetServerInfoResponse(_message.Message):
         compressions: _abc.Iterable[_rollout_pb2.Compression.ValueType] | None = ...,
         limits: Global___ServerLimits | None = ...,
         server_time: _timestamp_pb2.Timestamp | None = ...,
+        element_types: _abc.Iterable[_rollout_pb2.ElementType.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "server_time", b"server_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compressions", b"compressions", "features", b"features", "limits", b"limits", "protocol_revision", b"protocol_revision", "server_time", b"server_time", "server_version", b"server_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compressions", b"compressions", "element_types", b"element_types", "features", b"features", "limits", b"limits", "protocol_revision", b"protocol_revision", "server_time", b"server_time", "server_version", b"server_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

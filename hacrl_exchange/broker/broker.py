@@ -17,7 +17,8 @@ from hacrl_exchange.broker.history import History
 from hacrl_exchange.broker.limits import Limits
 from hacrl_exchange.broker.log import CATALOG, Log
 from hacrl_exchange.broker.prompts import PromptSet, PromptStore
-from hacrl_exchange.broker.runtime import PoolRuntime, fold_stream
+from hacrl_exchange.broker.recovery import fold_stream
+from hacrl_exchange.broker.runtime import PoolRuntime
 from hacrl_exchange.broker.sqlite_log import open_sqlite_log
 from hacrl_exchange.errors import BrokerStoppingError, PoolExistsError, PoolNotFoundError
 from hacrl_exchange.types import PoolSpec

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from hacrl_exchange._pb import records_pb2
 from hacrl_exchange.broker.core.records import (
     GroupAccepted,
     StepClosed,
     StepOpened,
     StoredGroup,
-    VerdictsRecorded,
 )
 from hacrl_exchange.broker.log import Log
 from hacrl_exchange.broker.record_codec import decode_record
@@ -36,13 +36,16 @@ class GroupAt:
 
 @dataclass(frozen=True, slots=True)
 class ClosedStep:
-    """Everything of a closed step but the bodies. Groups and verdicts by (prompt index, roster index)."""
+    """Everything of a closed step but the bodies. Groups and verdicts by (prompt index, roster index).
+
+    Verdicts stay as they are on the wire: they are only passed on.
+    """
 
     opened: StepOpened
     closed: StepClosed
     close_time_us: int
     groups: dict[tuple[int, int], GroupAt]
-    verdicts: dict[tuple[int, int], VerdictsRecorded]
+    verdicts: dict[tuple[int, int], records_pb2.VerdictsRecorded]
 
 
 class History:
@@ -132,12 +135,11 @@ class History:
                 found[body.prompt_index, body.roster_index] = GroupAt(entry.position, body)
         return found
 
-    def _read_verdicts(self, step: int) -> dict[tuple[int, int], VerdictsRecorded]:
-        found: dict[tuple[int, int], VerdictsRecorded] = {}
+    def _read_verdicts(self, step: int) -> dict[tuple[int, int], records_pb2.VerdictsRecorded]:
+        found: dict[tuple[int, int], records_pb2.VerdictsRecorded] = {}
         for entry in self._log.find(self._stream, f"v/{step:010d}/"):
-            body = decode_record(entry.payload).body
-            if isinstance(body, VerdictsRecorded):
-                found[body.prompt_index, body.roster_index] = body
+            body = records_pb2.Record.FromString(entry.payload).verdicts_recorded
+            found[body.prompt_index, body.roster_index] = body
         return found
 
 

@@ -9,10 +9,11 @@ the last durable position.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import heapq
 import itertools
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -35,49 +36,18 @@ from hacrl_exchange.broker.core.records import (
 from hacrl_exchange.broker.core.schedule import epoch_order
 from hacrl_exchange.broker.core.state import PoolState
 from hacrl_exchange.broker.log import Entry, Log
-from hacrl_exchange.broker.record_codec import (
-    decode_record,
-    encode_record,
-    snapshot_from_bytes,
-    snapshot_to_bytes,
-)
-from hacrl_exchange.errors import BrokerStoppingError, CorruptLogError, LogFailedError
+from hacrl_exchange.broker.record_codec import encode_record, snapshot_to_bytes
+from hacrl_exchange.broker.recovery import PoolClock, fold_stream
+from hacrl_exchange.errors import BrokerStoppingError, LogFailedError
 
 _log = logging.getLogger(__name__)
 
+_SNAPSHOT_RECORDS = 1000
+"""A step that closes this many records after the last snapshot makes one: so many a start folds at most,
+and those of the open steps."""
+
 _QUIET = (GroupAccepted,)
 """Records that change nothing anybody waits for; they wake only the pool's own timer."""
-
-
-class PoolClock:
-    """Record time: the wall clock read once, then the monotonic clock; never before the last record."""
-
-    def __init__(self, *, not_before_us: int) -> None:
-        self._base_us = max(not_before_us, time.time_ns() // 1000)
-        self._start_ns = time.monotonic_ns()
-
-    def now_us(self) -> int:
-        """Microseconds since the epoch."""
-        return self._base_us + (time.monotonic_ns() - self._start_ns) // 1000
-
-
-def fold_stream(log: Log, stream: str) -> tuple[PoolState | None, int]:
-    """The state of a pool and the position it was read from: the snapshot and the records after it."""
-    snapshot = log.load_snapshot(stream)
-    state: PoolState | None = None
-    position = 0
-    if snapshot is not None:
-        position, payload = snapshot
-        state = snapshot_from_bytes(payload)
-    for entry in log.read(stream, after=position):
-        if entry.position != position + 1:
-            raise CorruptLogError(
-                f"Stream {stream} jumps from position {position} to {entry.position}; restore a copy.",
-                stream=stream,
-            )
-        state = evolve(state, decode_record(entry.payload))
-        position = entry.position
-    return state, position
 
 
 class PoolRuntime:
@@ -101,6 +71,9 @@ class PoolRuntime:
         self._state = state
         self._position = position
         self._durable_position = position
+        self._snapshot_position = position
+        self._reports: deque[tuple[int, BaseException | None]] = deque()
+        self._reports_scheduled = False
         self._waiters: list[tuple[int, int, asyncio.Future[None]]] = []
         self._tickets = itertools.count()
         self._in_flight: deque[tuple[int, RecordBody, bytes | None]] = deque()
@@ -185,12 +158,15 @@ class PoolRuntime:
         record = Record(time_us=now_us, body=body)
         self._state = evolve(self._state, record)
         entry = Entry(payload=encode_record(record), key=record_key(body), bodies=bodies)
-        snapshot = snapshot_to_bytes(self._state) if isinstance(body, StepClosed) else None
+        snapshot = None
+        if isinstance(body, StepClosed) and self._position - self._snapshot_position >= _SNAPSHOT_RECORDS:
+            snapshot = snapshot_to_bytes(self._state)
+            self._snapshot_position = self._position + 1
         future = self._log.append(self._stream, entry, expected_position=self._position)
         self._position += 1
         position = self._position
         self._in_flight.append((position, body, snapshot))
-        future.add_done_callback(lambda done: self._report(position, done))
+        future.add_done_callback(functools.partial(self._report, position))
         self._poke.set()
         return body
 
@@ -235,12 +211,19 @@ class PoolRuntime:
             )
 
     def _report(self, position: int, done: Future[None]) -> None:
-        """In the log's thread: tells the event loop what became of a position."""
-        error = done.exception()
-        try:
-            self._loop.call_soon_threadsafe(self._settle, position, error)
-        except RuntimeError:  # the loop is closed: the broker is gone, nobody waits
+        """In the log's thread: tells the event loop what became of a position, once for a whole batch."""
+        self._reports.append((position, done.exception()))
+        if self._reports_scheduled:
             return
+        self._reports_scheduled = True
+        # RuntimeError: the loop is closed, the broker is gone, nobody waits.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._settle_reports)
+
+    def _settle_reports(self) -> None:
+        self._reports_scheduled = False  # before looking: what comes later schedules another look
+        while self._reports:
+            self._settle(*self._reports.popleft())
 
     def _settle(self, position: int, error: BaseException | None) -> None:
         if error is not None:
@@ -328,6 +311,7 @@ class PoolRuntime:
                 await asyncio.sleep(1.0)
                 continue
             self._state, self._position, self._durable_position = state, position, position
+            self._snapshot_position = min(self._snapshot_position, position)
             self._failed = False
             self._on_reset(self)
             self._poke.set()

@@ -1,7 +1,7 @@
 """What the parts of a group hold, before compression.
 
-Text is a TextBody; tokens are u32 and log-probs f16 or f32, little endian, the rollouts one after the other;
-metadata is a msgpack list with one map or nil per rollout.
+Text is a TextBody; tokens are u32, split by byte, and log-probs f16 or f32, little endian, the rollouts one
+after the other; metadata is a msgpack list with one map or nil per rollout.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ LOGPROB_ELEMENT_TYPES: Final[dict[str, pb.ElementType.ValueType]] = {
     "f16": pb.ELEMENT_TYPE_F16,
     "f32": pb.ELEMENT_TYPE_F32,
 }
+_U32: Final = np.dtype("<u4")
 _DTYPES: Final[dict[int, np.dtype[Any]]] = {
-    pb.ELEMENT_TYPE_U32: np.dtype("<u4"),
+    pb.ELEMENT_TYPE_U32: _U32,
+    pb.ELEMENT_TYPE_U32_SPLIT: _U32,
     pb.ELEMENT_TYPE_F16: np.dtype("<f2"),
     pb.ELEMENT_TYPE_F32: np.dtype("<f4"),
 }
@@ -102,7 +104,7 @@ def token_bytes(values: Sequence[Any], counts: Sequence[int]) -> bytes:
         raise PartUndecodableError(
             "token_ids must be integers from 0 to 4294967295.", kind=pb.PART_KIND_TOKENS
         )
-    return joined.astype(_DTYPES[pb.ELEMENT_TYPE_U32], copy=False).tobytes()
+    return split_bytes(joined.astype(_U32, copy=False))
 
 
 def logprob_bytes(
@@ -156,6 +158,21 @@ def metadata_bytes(rollouts: Sequence[Rollout]) -> bytes:
     return packed
 
 
+def split_bytes(ids: _Array) -> bytes:
+    """u32 values (N,) as four runs of N bytes, the lowest bytes first: what U32_SPLIT holds."""
+    return ids.view(np.uint8).reshape(-1, 4).T.tobytes()
+
+
+def joined_bytes(data: bytes) -> _Array:
+    """The u32 values (N,) of four runs of N bytes; read-only."""
+    runs = np.frombuffer(data, dtype=np.uint8).reshape(4, -1)
+    values = np.empty((runs.shape[1], 4), dtype=np.uint8)
+    for place in range(4):  # four times faster than copying the transposed array
+        values[:, place] = runs[place]
+    values.flags.writeable = False
+    return values.view(_U32).reshape(-1)
+
+
 # --- decoding --------------------------------------------------------------------------------------
 
 
@@ -191,6 +208,8 @@ def numbers_of(part: tuple[pb.PartInfo, bytes] | None, ends: Sequence[int]) -> _
             f"{total} tokens take {total * dtype.itemsize}.",
             kind=info.kind,
         )
+    if info.element_type == pb.ELEMENT_TYPE_U32_SPLIT:
+        return joined_bytes(data)
     return np.frombuffer(data, dtype=dtype)
 
 

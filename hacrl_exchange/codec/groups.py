@@ -71,7 +71,7 @@ def group_digest(envelope: pb.Envelope) -> bytes:
     return hashlib.sha256(b"".join(pieces)).digest()
 
 
-def encode_group(group: Group, *, name: str, logprob_dtype: LogprobDtype = "f16", level: int = 3) -> pb.Group:
+def encode_group(group: Group, *, name: str, logprob_dtype: LogprobDtype = "f16", level: int = 1) -> pb.Group:
     """Encodes a group under its name. Tokens, log-probs and metadata are sent if the rollouts have them.
 
     Token ids and log-probs may be arrays (fast) or any sequences. The envelope's sums are float64 sums of the
@@ -97,7 +97,7 @@ def encode_group(group: Group, *, name: str, logprob_dtype: LogprobDtype = "f16"
     if _all_have("token_ids", [rollout.token_ids for rollout in rollouts]):
         tokens = token_bytes([rollout.token_ids for rollout in rollouts], counts)
         encoded.append(
-            encode_part(pb.PART_KIND_TOKENS, tokens, element_type=pb.ELEMENT_TYPE_U32, level=level)
+            encode_part(pb.PART_KIND_TOKENS, tokens, element_type=pb.ELEMENT_TYPE_U32_SPLIT, level=level)
         )
     sums = [rollout.logprob_sum for rollout in rollouts]
     if _all_have("logprobs", [rollout.logprobs for rollout in rollouts]):

@@ -6,10 +6,14 @@ stand for one slot.
 
 from __future__ import annotations
 
+import re
 from urllib.parse import quote, unquote
 
 from hacrl_exchange.errors import InvalidRequestError
 from hacrl_exchange.types import Slot
+
+# What percent-encoding leaves as it is; most ids are that plain.
+_PLAIN = re.compile(r"[A-Za-z0-9_.~-]+")
 
 
 def pool_name(pool: str) -> str:
@@ -86,7 +90,7 @@ def parse_group_name(name: str) -> tuple[str, Slot]:
 
 
 def _encode(part: str) -> str:
-    return quote(part, safe="")
+    return part if _PLAIN.fullmatch(part) else quote(part, safe="")
 
 
 def _ids(name: str, *collections: str) -> list[str]:
@@ -95,6 +99,9 @@ def _ids(name: str, *collections: str) -> list[str]:
         raise _malformed(name, *collections)
     ids = []
     for piece in pieces[1::2]:
+        if _PLAIN.fullmatch(piece):
+            ids.append(piece)
+            continue
         try:
             decoded = unquote(piece, errors="strict")
         except UnicodeDecodeError as error:

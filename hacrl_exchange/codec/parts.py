@@ -49,7 +49,7 @@ def encode_part(
     data: bytes,
     *,
     element_type: pb.ElementType.ValueType = pb.ELEMENT_TYPE_UNSPECIFIED,
-    level: int = 3,
+    level: int = 1,
 ) -> tuple[pb.PartInfo, bytes]:
     """Compresses a part, or keeps it as it is when zstd does not shrink it; returns description and bytes."""
     compression: pb.Compression.ValueType = pb.COMPRESSION_ZSTD

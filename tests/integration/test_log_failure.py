@@ -11,7 +11,8 @@ import pytest
 
 from hacrl_exchange.broker.core.records import CreatePool, Join, Touch
 from hacrl_exchange.broker.log import Entry
-from hacrl_exchange.broker.runtime import PoolRuntime, fold_stream
+from hacrl_exchange.broker.recovery import fold_stream
+from hacrl_exchange.broker.runtime import PoolRuntime
 from hacrl_exchange.broker.sqlite_log import SqliteLog, open_sqlite_log
 from hacrl_exchange.errors import LogFailedError
 from hacrl_exchange.types import Lockstep, ModelSpec, PoolSpec, VerificationPlan, VerifierUse

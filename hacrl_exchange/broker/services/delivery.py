@@ -217,6 +217,6 @@ def _fill_verdict(
         message.verdicts.extend([verdict] * history.groups[slot].record.rollout_count)
         return
     recorded = history.verdicts[slot]
-    if recorded.verifier is not None:
-        message.verifier.CopyFrom(codec.verifier_identity_to_proto(recorded.verifier))
-    message.verdicts.extend(codec.verdict_to_proto(verdict) for verdict in recorded.verdicts)
+    if recorded.HasField("verifier"):
+        message.verifier.CopyFrom(recorded.verifier)
+    message.verdicts.extend(recorded.verdicts)

@@ -50,6 +50,12 @@ class ExchangeService(exchange_service_pb2_grpc.ExchangeServiceServicer):
             server_version=version("hacrl-exchange"),
             features=FEATURES,
             compressions=[rollout_pb2.COMPRESSION_NONE, rollout_pb2.COMPRESSION_ZSTD],
+            element_types=[
+                rollout_pb2.ELEMENT_TYPE_U32,
+                rollout_pb2.ELEMENT_TYPE_U32_SPLIT,
+                rollout_pb2.ELEMENT_TYPE_F16,
+                rollout_pb2.ELEMENT_TYPE_F32,
+            ],
             limits=pb.ServerLimits(
                 max_message_size=limits.max_message_size,
                 max_groups_per_publish=limits.max_groups_per_publish,

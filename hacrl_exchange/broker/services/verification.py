@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 from hacrl_exchange import codec
-from hacrl_exchange._pb import prompt_pb2, rollout_pb2, verdict_pb2, verification_service_pb2_grpc
+from hacrl_exchange._pb import prompt_pb2, rollout_pb2, verification_service_pb2_grpc
 from hacrl_exchange._pb import verification_service_pb2 as pb
 from hacrl_exchange.broker.broker import Broker
 from hacrl_exchange.broker.core.records import RecordVerdicts
@@ -24,7 +25,7 @@ from hacrl_exchange.errors import (
     UnknownPromptError,
 )
 from hacrl_exchange.status import to_status
-from hacrl_exchange.types import Scored, Slot
+from hacrl_exchange.types import Scored, Slot, Verdict
 
 _MAX_COMPONENTS = 32
 _MAX_NAME_SIZE = 128
@@ -132,7 +133,8 @@ class VerificationService(verification_service_pb2_grpc.VerificationServiceServi
         roster_index = step.roster_index.get(slot.agent)
         if prompt_index is None or roster_index is None:
             raise GroupNotFoundError(f"There is no group {report.group}.", group=report.group)
-        self._check_report(report)
+        verdicts = tuple(codec.verdict_from_proto(verdict) for verdict in report.verdicts)
+        self._check_report(report, verdicts)
         command = RecordVerdicts(
             step=slot.step,
             prompt_index=prompt_index,
@@ -140,7 +142,7 @@ class VerificationService(verification_service_pb2_grpc.VerificationServiceServi
             generation=report.generation,
             verifier=codec.verifier_identity_from_proto(report.verifier),
             worker=identity,
-            verdicts=tuple(codec.verdict_from_proto(verdict) for verdict in report.verdicts),
+            verdicts=verdicts,
             details=tuple(report.details),
         )
         try:
@@ -151,7 +153,7 @@ class VerificationService(verification_service_pb2_grpc.VerificationServiceServi
                 self._broker.desk.finish(command, pool=pool_name)
         return pool_name
 
-    def _check_report(self, report: pb.VerdictReport) -> None:
+    def _check_report(self, report: pb.VerdictReport, verdicts: Sequence[Verdict]) -> None:
         limits = self._broker.limits
         problem = ""
         if (
@@ -168,7 +170,7 @@ class VerificationService(verification_service_pb2_grpc.VerificationServiceServi
             problem = "details must be empty or one per verdict"
         elif any(len(detail.encode()) > limits.max_detail_size for detail in report.details):
             problem = f"a detail is longer than {limits.max_detail_size} bytes"
-        elif any(_bad_components(verdict) for verdict in report.verdicts):
+        elif any(isinstance(verdict, Scored) and _bad_components(verdict.components) for verdict in verdicts):
             problem = f"components must be finite and at most {_MAX_COMPONENTS}"
         if problem:
             raise InvalidVerdictError(
@@ -243,9 +245,5 @@ class VerificationService(verification_service_pb2_grpc.VerificationServiceServi
         }
 
 
-def _bad_components(verdict: verdict_pb2.Verdict) -> bool:
-    outcome = codec.verdict_from_proto(verdict)
-    if not isinstance(outcome, Scored):
-        return False
-    components = outcome.components
+def _bad_components(components: Mapping[str, float]) -> bool:
     return len(components) > _MAX_COMPONENTS or not all(math.isfinite(value) for value in components.values())
