@@ -13,7 +13,7 @@ class Limits:
 
     max_message_size: int = 8 * MIB
     """Largest message in either direction."""
-    delivery_message_size: int = 4 * MIB
+    delivery_message_size: int = MIB // 2
     """A delivery stream starts a new message at this size."""
     max_groups_per_publish: int = 64
     max_group_stored_size: int = 4 * MIB
