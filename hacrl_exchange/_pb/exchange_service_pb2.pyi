@@ -522,18 +522,22 @@ class AwaitStepResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     STEP_FIELD_NUMBER: _builtins.int
+    AFTER_STEP_FIELD_NUMBER: _builtins.int
+    after_step: _builtins.int
+    """Where to go on: no step up to this one, other than `step`, concerns the agent."""
     @_builtins.property
     def step(self) -> _step_pb2.Step:
-        """Unset if the wait ran out."""
+        """Unset if the wait ran out, or the broker looked through as many rosters as it does at once."""
 
     def __init__(
         self,
         *,
         step: _step_pb2.Step | None = ...,
+        after_step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_step", b"after_step", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

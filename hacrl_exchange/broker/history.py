@@ -56,6 +56,7 @@ class History:
         self._stream = stream
         self._opened: OrderedDict[int, StepOpened] = OrderedDict()
         self._closed: OrderedDict[int, ClosedStep] = OrderedDict()
+        self._loading: dict[int, asyncio.Future[ClosedStep]] = {}
 
     async def opened(self, step: int) -> StepOpened:
         """A step's opening. Open steps are in the core's state; this is for the others.
@@ -69,15 +70,22 @@ class History:
         return self._opened[step]
 
     async def closed(self, step: int) -> ClosedStep:
-        """A closed step.
+        """A closed step. Members that ask at the same time share one reading.
 
         Raises:
             StepNotFoundError: it was never opened, or is not closed.
         """
-        if step not in self._closed:
-            record = await asyncio.to_thread(self._read_closed, step)
-            _keep(self._closed, step, record)
-        return self._closed[step]
+        if step in self._closed:
+            return self._closed[step]
+        if step not in self._loading:
+            task = asyncio.ensure_future(asyncio.to_thread(self._read_closed, step))
+            self._loading[step] = task
+            task.add_done_callback(lambda done: self._loaded(step, done))
+        return await asyncio.shield(self._loading[step])
+
+    async def first_with(self, agent: str, numbers: Sequence[int]) -> int | None:
+        """The first of some steps with the agent on its roster; None if there is none."""
+        return await asyncio.to_thread(self._find_first_with, agent, numbers)
 
     async def groups(self, step: int) -> dict[tuple[int, int], GroupAt]:
         """The accepted groups of a step, open or closed."""
@@ -87,12 +95,12 @@ class History:
         """What lies in a slot of a step that is not open; None if nothing does."""
         try:
             opened = await self.opened(step)
+            closed = await self.closed(step)
         except StepNotFoundError:
             return None
         if agent not in opened.roster or prompt_id not in opened.prompt_ids:
             return None
         slot = (opened.prompt_ids.index(prompt_id), opened.roster.index(agent))
-        closed = await self.closed(step)
         found = closed.groups.get(slot)
         if found is None:
             return None
@@ -101,6 +109,17 @@ class History:
     async def bodies(self, wanted: Sequence[tuple[int, Sequence[int]]]) -> list[tuple[bytes, ...]]:
         """Bodies by (position, part indices)."""
         return await asyncio.to_thread(self._log.read_bodies, self._stream, wanted)
+
+    def _loaded(self, step: int, done: asyncio.Future[ClosedStep]) -> None:
+        del self._loading[step]
+        if not done.cancelled() and done.exception() is None:
+            _keep(self._closed, step, done.result())
+
+    def _find_first_with(self, agent: str, numbers: Sequence[int]) -> int | None:
+        for number in numbers:
+            if agent in self._read_opened(number).roster:
+                return number
+        return None
 
     def _read_opened(self, step: int) -> StepOpened:
         for entry in self._log.find(self._stream, f"o/{step:010d}"):

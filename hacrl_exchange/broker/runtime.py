@@ -42,6 +42,7 @@ from hacrl_exchange.errors import BrokerStoppingError, LogFailedError
 
 _log = logging.getLogger(__name__)
 
+_RETRY_SECONDS = 1.0
 _SNAPSHOT_RECORDS = 1000
 """A step that closes this many records after the last snapshot makes one: so many a start folds at most,
 and those of the open steps."""
@@ -110,19 +111,22 @@ class PoolRuntime:
         """Record time."""
         return self._clock.now_us()
 
-    async def durable(self) -> None:
-        """Waits until everything the caller can have read is durable.
+    def durable(self) -> asyncio.Future[None]:
+        """A future that is done once everything the caller has read up to now is durable.
+
+        Call it in the same breath as the reading or `apply`, with no await between: after one, a failed log
+        may have been folded again, and what was read is gone.
 
         Raises:
             LogFailedError: it could not be made durable, and the pool went back to before it.
         """
         self._refuse_if_down()
-        position = self._position
-        if position <= self._durable_position:
-            return
         waiter: asyncio.Future[None] = self._loop.create_future()
-        heapq.heappush(self._waiters, (position, next(self._tickets), waiter))
-        await waiter
+        if self._position <= self._durable_position:
+            waiter.set_result(None)
+        else:
+            heapq.heappush(self._waiters, (self._position, next(self._tickets), waiter))
+        return waiter
 
     async def changed(self, *, timeout_seconds: float) -> bool:
         """Waits for a durable change of members or steps; False if the time ran out.
@@ -306,9 +310,10 @@ class PoolRuntime:
             try:
                 await asyncio.to_thread(self._log.recover, self._stream)
                 state, position = await asyncio.to_thread(fold_stream, self._log, self._stream)
-            except (LogFailedError, OSError) as error:
-                _log.error("pool %s: the log is still broken: %s", self._stream, error)
-                await asyncio.sleep(1.0)
+            except Exception as error:  # whatever it is: the pool stays down until a fold succeeds
+                expected = isinstance(error, LogFailedError | OSError)
+                _log.error("pool %s: the log is still broken: %s", self._stream, error, exc_info=not expected)
+                await asyncio.sleep(_RETRY_SECONDS)
                 continue
             self._state, self._position, self._durable_position = state, position, position
             self._snapshot_position = min(self._snapshot_position, position)
@@ -327,9 +332,12 @@ class PoolRuntime:
                 try:
                     self._take_due()
                     delay = self._delay_seconds()
-                except LogFailedError as error:
-                    _log.error("pool %s: a deadline has to wait: %s", self._stream, error)
-                    delay = 1.0
+                except Exception as error:  # deadlines must go on, or a step would stay open for ever
+                    expected = isinstance(error, LogFailedError)
+                    _log.error(
+                        "pool %s: a deadline has to wait: %s", self._stream, error, exc_info=not expected
+                    )
+                    delay = _RETRY_SECONDS
             try:
                 async with asyncio.timeout(delay):
                     await self._poke.wait()

@@ -252,7 +252,10 @@ class Agent:
             response = self._wire.call(
                 self._wire.exchange.AwaitStep, request, timeout_seconds=attempt_seconds, patience=patience
             )
-            return response.step if response.HasField("step") else None
+            if response.HasField("step"):
+                return response.step
+            self._after = max(self._after, response.after_step)
+            return None
 
         what = f"A step of pool {self.pool} for agent {self.name}"
         return self._wire.wait_for(ask, timeout_seconds=timeout_seconds, what=what)

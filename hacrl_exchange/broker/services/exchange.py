@@ -31,6 +31,9 @@ from hacrl_exchange.types import StepState
 
 PROTOCOL_REVISION = 1
 FEATURES = ("lockstep",)
+_SCANNED_STEPS = 256
+"""Rosters that one AwaitStep looks through; the answer says where to go on."""
+_MAX_MODEL_SIZE = 512
 
 
 class ExchangeService(exchange_service_pb2_grpc.ExchangeServiceServicer):
@@ -104,8 +107,8 @@ class ExchangeService(exchange_service_pb2_grpc.ExchangeServiceServicer):
         agent = agent_id(request.agent, field="agent")
         if not 1 <= len(request.instance.encode()) <= 128:
             raise InvalidRequestError("instance must be 1 to 128 bytes, e.g. a UUID.", field="instance")
-        if request.model.ByteSize() > 4096:
-            raise InvalidRequestError("model must be at most 4096 bytes.", field="model")
+        if request.model.ByteSize() > _MAX_MODEL_SIZE:
+            raise InvalidRequestError(f"model must be at most {_MAX_MODEL_SIZE} bytes.", field="model")
         pool.runtime.apply(
             Join(
                 agent=agent,
@@ -142,12 +145,16 @@ class ExchangeService(exchange_service_pb2_grpc.ExchangeServiceServicer):
             raise InvalidRequestError("after_step must not be negative.", field="after_step")
         after = max(request.after_step, runtime.state.retired_through)
         while True:
+            await runtime.durable()  # what closed in memory is on disk from here on
             last_step = runtime.state.last_step
-            step = await self._step_with(pool, request.caller.agent, after)
+            through = min(last_step, after + _SCANNED_STEPS)
+            step = await self._step_with(pool, request.caller.agent, after, through)
             if step is not None:
                 await runtime.durable()
-                return pb.AwaitStepResponse(step=step)
-            after = max(after, min([last_step, *(number - 1 for number in runtime.state.open_steps)]))
+                return pb.AwaitStepResponse(step=step, after_step=step.number)
+            after = through
+            if through < last_step:
+                return pb.AwaitStepResponse(after_step=after)
             max_steps = runtime.state.spec.lockstep.max_steps
             if max_steps and runtime.state.last_step >= max_steps:
                 raise PoolEndedError(
@@ -159,7 +166,7 @@ class ExchangeService(exchange_service_pb2_grpc.ExchangeServiceServicer):
             if remaining <= 0 or (
                 runtime.state.last_step == last_step and not await runtime.changed(timeout_seconds=remaining)
             ):
-                return pb.AwaitStepResponse()
+                return pb.AwaitStepResponse(after_step=after)
 
     async def PublishGroups(
         self, request: pb.PublishGroupsRequest, context: Context
@@ -217,18 +224,19 @@ class ExchangeService(exchange_service_pb2_grpc.ExchangeServiceServicer):
     def _pool(self, name: str, *, field: str) -> Pool:
         return self._broker.pool(bare_id(name, collection="pools", field=field))
 
-    async def _step_with(self, pool: Pool, agent: str, after: int) -> step_pb2.Step | None:
-        """The first step later than `after` with the agent on its roster."""
-        for number in range(after + 1, pool.runtime.state.last_step + 1):
-            step = pool.runtime.state.open_steps.get(number)
-            if step is not None:
-                if agent in step.roster:
-                    return open_step_message(pool, step, agent=agent)
-                continue
-            opened = await pool.history.opened(number)
-            if agent in opened.roster:
-                return await delivery.closed_step_message(pool, number, agent=agent)
-        return None
+    async def _step_with(self, pool: Pool, agent: str, after: int, through: int) -> step_pb2.Step | None:
+        """The first step later than `after`, up to `through`, with the agent on its roster."""
+        closed = [
+            number for number in range(after + 1, through + 1) if number not in pool.runtime.state.open_steps
+        ]
+        found = await pool.history.first_with(agent, closed) if closed else None
+        for number in sorted(pool.runtime.state.open_steps):
+            step = pool.runtime.state.open_steps[number]
+            if after < number <= through and agent in step.roster and (found is None or number < found):
+                return open_step_message(pool, step, agent=agent)
+        if found is None:
+            return None
+        return await delivery.closed_step_message(pool, found, agent=agent)
 
 
 def touch(pool: Pool, caller: pb.Caller, *, optional: bool = False) -> None:

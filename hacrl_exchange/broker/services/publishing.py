@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeAlias
 
 from google.rpc import status_pb2
 
@@ -17,12 +18,16 @@ from hacrl_exchange.codec import group_name, parse_group_name
 from hacrl_exchange.errors import (
     ExchangeError,
     ForeignSlotError,
+    InvalidEnvelopeError,
     InvalidRequestError,
     LogFailedError,
     OverloadedError,
 )
 from hacrl_exchange.status import to_status
 from hacrl_exchange.types import PoolSpec, Slot
+
+_Checked: TypeAlias = tuple[Slot, CheckedGroup] | status_pb2.Status
+"""What the gate made of a group: fit to enter, or the answer to its sender."""
 
 
 class Publishing:
@@ -64,18 +69,21 @@ class Publishing:
             )
         finally:
             self._under_way -= size
-        results = [await self._accept(pool, request.caller, outcome) for outcome in checked]
+        stored = [await _stored(pool, outcome) for outcome in checked]
+        # From here to `durable` there is no await: a receipt must not outlive a log that failed meanwhile.
+        results = [
+            _accept(pool, request.caller, outcome, found)
+            for outcome, found in zip(checked, stored, strict=True)
+        ]
         await pool.runtime.durable()
         return pb.PublishGroupsResponse(results=results)
 
-    def _check_all(
-        self, spec: PoolSpec, pool_name: str, request: pb.PublishGroupsRequest
-    ) -> list[tuple[Slot, CheckedGroup] | status_pb2.Status]:
+    def _check_all(self, spec: PoolSpec, pool_name: str, request: pb.PublishGroupsRequest) -> list[_Checked]:
         """In a gate thread: what each group is, or why it is refused."""
-        outcomes: list[tuple[Slot, CheckedGroup] | status_pb2.Status] = []
+        outcomes: list[_Checked] = []
         for group in request.groups:
             try:
-                slot = _own_slot(group, pool_name=pool_name, agent=request.caller.agent)
+                slot = _own_slot(group, pool_name=pool_name, caller=request.caller)
                 checked = check_group(
                     group, group_size=spec.group_size, max_tokens=spec.max_tokens, limits=self._limits
                 )
@@ -85,52 +93,60 @@ class Publishing:
                 outcomes.append(to_status(error))
         return outcomes
 
-    async def _accept(
-        self, pool: Pool, caller: pb.Caller, outcome: tuple[Slot, CheckedGroup] | status_pb2.Status
-    ) -> pb.PublishResult:
-        if isinstance(outcome, status_pb2.Status):
-            return pb.PublishResult(error=outcome)
-        slot, checked = outcome
-        try:
-            return pb.PublishResult(receipt=await self._put(pool, caller, slot, checked))
-        except LogFailedError:
-            raise
-        except ExchangeError as error:
-            return pb.PublishResult(error=to_status(error))
 
-    async def _put(
-        self, pool: Pool, caller: pb.Caller, slot: Slot, checked: CheckedGroup
-    ) -> rollout_pb2.Receipt:
-        """Puts a group into its slot; durable later. Answers the first receipt to a repeat."""
-        runtime = pool.runtime
-        stored: StoredGroup | None = None
-        if slot.step not in runtime.state.open_steps and slot.step <= runtime.state.last_step:
-            stored = await pool.history.stored_group(slot.step, agent=slot.agent, prompt_id=slot.prompt_id)
-        runtime.apply(
-            PublishGroup(
-                agent=slot.agent,
-                session=caller.session,
-                step=slot.step,
-                prompt_id=slot.prompt_id,
-                digest=checked.digest,
-                rollout_count=checked.rollout_count,
-                envelope=checked.envelope,
-                stored=stored,
-            ),
-            bodies=checked.parts,
-        )
-        step = runtime.state.open_steps.get(slot.step)
-        if step is not None:
-            group = step.groups[step.prompt_index[slot.prompt_id], step.roster_index[slot.agent]]
-            session = group.session
-        else:
-            session = stored.session if stored is not None else caller.session
-        return rollout_pb2.Receipt(
-            group=group_name(runtime.name, slot),
+async def _stored(pool: Pool, outcome: _Checked) -> StoredGroup | None:
+    """What the log holds in the slot of a group whose step is not open any more."""
+    if isinstance(outcome, status_pb2.Status):
+        return None
+    step = outcome[0].step
+    state = pool.runtime.state
+    if step in state.open_steps or not 1 <= step <= state.last_step:
+        return None
+    await pool.runtime.durable()  # it may have closed in memory and not yet on disk
+    return await pool.history.stored_group(step, agent=outcome[0].agent, prompt_id=outcome[0].prompt_id)
+
+
+def _accept(pool: Pool, caller: pb.Caller, outcome: _Checked, stored: StoredGroup | None) -> pb.PublishResult:
+    if isinstance(outcome, status_pb2.Status):
+        return pb.PublishResult(error=outcome)
+    try:
+        return pb.PublishResult(receipt=_put(pool, caller, outcome, stored))
+    except LogFailedError:
+        raise
+    except ExchangeError as error:
+        return pb.PublishResult(error=to_status(error))
+
+
+def _put(
+    pool: Pool, caller: pb.Caller, outcome: tuple[Slot, CheckedGroup], stored: StoredGroup | None
+) -> rollout_pb2.Receipt:
+    """Puts a group into its slot; durable later. Answers the first receipt to a repeat."""
+    slot, checked = outcome
+    runtime = pool.runtime
+    runtime.apply(
+        PublishGroup(
+            agent=slot.agent,
+            session=caller.session,
+            step=slot.step,
+            prompt_id=slot.prompt_id,
             digest=checked.digest,
-            session=session,
             rollout_count=checked.rollout_count,
-        )
+            envelope=checked.envelope,
+            stored=stored,
+        ),
+        bodies=checked.parts,
+    )
+    step = runtime.state.open_steps.get(slot.step)
+    if step is not None:
+        session = step.groups[step.prompt_index[slot.prompt_id], step.roster_index[slot.agent]].session
+    else:
+        session = stored.session if stored is not None else caller.session
+    return rollout_pb2.Receipt(
+        group=group_name(runtime.name, slot),
+        digest=checked.digest,
+        session=session,
+        rollout_count=checked.rollout_count,
+    )
 
 
 def _cost(request: pb.PublishGroupsRequest, *, max_part: int) -> int:
@@ -145,11 +161,15 @@ def _cost(request: pb.PublishGroupsRequest, *, max_part: int) -> int:
     )
 
 
-def _own_slot(group: rollout_pb2.Group, *, pool_name: str, agent: str) -> Slot:
+def _own_slot(group: rollout_pb2.Group, *, pool_name: str, caller: pb.Caller) -> Slot:
     pool, slot = parse_group_name(group.name)
-    if pool != pool_name or slot.agent != agent:
+    if pool != pool_name or slot.agent != caller.agent:
         raise ForeignSlotError(
-            f"Group {group.name} is not of agent {agent} in pool {pool_name}; publish your own groups.",
+            f"Group {group.name} is not of agent {caller.agent} in pool {pool_name}; publish your own groups.",
             group=group.name,
+        )
+    if group.envelope.policy_end.session > caller.session:
+        raise InvalidEnvelopeError(
+            f"policy_end states session {group.envelope.policy_end.session}; the caller's is {caller.session}."
         )
     return slot
