@@ -165,11 +165,10 @@ def _own_slot(group: rollout_pb2.Group, *, pool_name: str, caller: pb.Caller) ->
     pool, slot = parse_group_name(group.name)
     if pool != pool_name or slot.agent != caller.agent:
         raise ForeignSlotError(
-            f"Group {group.name} is not of agent {caller.agent} in pool {pool_name}; publish your own groups.",
+            f"Group {group.name} is not of agent {caller.agent} in pool {pool_name}; publish your own.",
             group=group.name,
         )
-    if group.envelope.policy_end.session > caller.session:
-        raise InvalidEnvelopeError(
-            f"policy_end states session {group.envelope.policy_end.session}; the caller's is {caller.session}."
-        )
+    stated = group.envelope.policy_end.session
+    if stated > caller.session:
+        raise InvalidEnvelopeError(f"policy_end states session {stated}; the caller's is {caller.session}.")
     return slot
