@@ -85,14 +85,14 @@ async def broker(tmp_path: Path) -> AsyncIterator[tuple[Broker, HeldLog]]:
     await broker.stop()
 
 
-async def start(broker: Broker) -> tuple[Pool, Any, ThreadPoolExecutor]:
+async def start(broker: Broker, *, publish_seconds: float = 0.2) -> tuple[Pool, Any, ThreadPoolExecutor]:
     """A pool with short deadlines and one member, and the service to call."""
     plan = VerificationPlan((VerifierUse("v"),))
     lockstep = Lockstep(
         prompts_per_step=2,
         min_members=1,
         max_open_steps=2,
-        publish_timeout_seconds=0.2,
+        publish_timeout_seconds=publish_seconds,
         verify_timeout_seconds=0.2,
     )
     pool = await broker.create_pool("p", PoolSpec("s", 2, plan, lockstep))
@@ -107,11 +107,11 @@ def request_of(step: int, prompt_id: str) -> Any:
     return codec.encode_group(make_group(prompt_id), name=name)
 
 
-async def until(condition: Any) -> None:
+async def until(pool: Pool, condition: Any) -> None:
     """Waits for the pool's own deadlines."""
     async with asyncio.timeout(10):
         while not condition():
-            await asyncio.sleep(0.005)
+            await pool.runtime.changed(timeout_seconds=0.02)
 
 
 async def test_a_step_that_is_closed_in_memory_alone_is_waited_for_not_denied(
@@ -119,10 +119,10 @@ async def test_a_step_that_is_closed_in_memory_alone_is_waited_for_not_denied(
 ) -> None:
     pool, service, threads = await start(broker[0])
     state = pool.runtime.state
-    await until(lambda: state.open_steps)
+    await until(pool, lambda: state.open_steps)
     prompt_ids = state.open_steps[1].prompt_ids
     broker[1].holding = True
-    await until(lambda: 1 not in state.open_steps)
+    await until(pool, lambda: 1 not in state.open_steps)
     waiting = asyncio.ensure_future(
         service.AwaitStep(pb.AwaitStepRequest(pool=POOL, caller=CALLER), NoContext())
     )
@@ -145,11 +145,11 @@ async def test_a_step_that_is_closed_in_memory_alone_is_waited_for_not_denied(
 async def test_no_receipt_for_a_group_that_was_lost_while_the_call_looked_something_up(
     broker: tuple[Broker, HeldLog],
 ) -> None:
-    pool, service, threads = await start(broker[0])
+    pool, service, threads = await start(broker[0], publish_seconds=1.0)
     state = pool.runtime.state
-    await until(lambda: state.last_step > 2 and 1 not in state.open_steps)
+    await until(pool, lambda: state.last_step == 2 and not state.open_steps)
     await service.AwaitStep(pb.AwaitStepRequest(pool=POOL, caller=CALLER, after_step=99), NoContext())
-    await until(lambda: pool.runtime.state.open_steps)
+    await until(pool, lambda: pool.runtime.state.open_steps)
     number = max(pool.runtime.state.open_steps)
     prompt_id = pool.runtime.state.open_steps[number].prompt_ids[0]
     old_id = (await pool.history.opened(1)).prompt_ids[0]
