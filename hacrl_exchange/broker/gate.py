@@ -40,6 +40,10 @@ from hacrl_exchange.errors import (
     WrongGroupSizeError,
 )
 
+_ENVELOPE_BYTES = 1024
+_ROLLOUT_BYTES = 64
+_LEAST_LOGPROB = -1e6
+"""Per token; no engine's log-softmax goes there."""
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _KINDS = (PART_KIND_TEXT, PART_KIND_TOKENS, PART_KIND_LOGPROBS, PART_KIND_META)
 
@@ -71,6 +75,7 @@ def check_group(
             rollouts=len(envelope.rollouts),
             group_size=group_size,
         )
+    _check_size(envelope)
     _check_claims(envelope)
     _check_rollouts(envelope, min(max_tokens or limits.max_tokens, limits.max_tokens))
     _check_part_headers(group, limits)
@@ -84,6 +89,17 @@ def check_group(
         envelope=envelope.SerializeToString(),
         parts=tuple(group.parts),
     )
+
+
+def _check_size(envelope: rollout_pb2.Envelope) -> None:
+    """The envelope is stored and delivered as it came, fields this server does not know included."""
+    size, limit = envelope.ByteSize(), _ENVELOPE_BYTES + _ROLLOUT_BYTES * len(envelope.rollouts)
+    if size > limit:
+        raise InvalidEnvelopeError(
+            f"The envelope takes {size} bytes; with {len(envelope.rollouts)} rollouts at most {limit} do.",
+            size=size,
+            limit=limit,
+        )
 
 
 def _check_claims(envelope: rollout_pb2.Envelope) -> None:
@@ -131,9 +147,10 @@ def _check_rollouts(envelope: rollout_pb2.Envelope, max_tokens: int) -> None:
                 tokens=rollout.token_count,
                 limit=max_tokens,
             )
-        if not math.isfinite(rollout.logprob_sum) or rollout.logprob_sum > 0:
+        if not _LEAST_LOGPROB * rollout.token_count <= rollout.logprob_sum <= 0:
             raise InvalidLogprobError(
-                f"The log-prob sum of rollout {index} is {rollout.logprob_sum}; it must be finite and <= 0.",
+                f"The log-prob sum of rollout {index} is {rollout.logprob_sum}; it must be from "
+                f"{_LEAST_LOGPROB:g} a token to 0.",
                 rollout=index,
             )
 

@@ -151,6 +151,20 @@ def no_finish_reason(group: rollout_pb2.Group) -> None:
     group.envelope.rollouts[1].finish_reason = rollout_pb2.FINISH_REASON_UNSPECIFIED
 
 
+def envelope_bloated(group: rollout_pb2.Group) -> None:
+    """A megabyte in a field that nobody knows."""
+    unknown = b"\xfa\x7f" + b"\x80\x80\x40" + bytes(1 << 20)  # field 2047, length-delimited
+    group.envelope.MergeFromString(unknown)
+
+
+def session_of_the_future(group: rollout_pb2.Group) -> None:
+    group.envelope.policy_end.session = 2**63 - 1
+
+
+def sum_absurd(group: rollout_pb2.Group) -> None:
+    group.envelope.rollouts[0].logprob_sum = -1e300
+
+
 def too_many_tokens(group: rollout_pb2.Group) -> None:
     group.envelope.rollouts[0].token_count = 1 << 20
 
@@ -183,6 +197,9 @@ CASES: dict[Callable[[rollout_pb2.Group], None], str] = {
     temperature_zero: "INVALID_ENVELOPE",
     no_finish_reason: "INVALID_ENVELOPE",
     too_many_tokens: "TOO_MANY_TOKENS",
+    envelope_bloated: "INVALID_ENVELOPE",
+    session_of_the_future: "INVALID_ENVELOPE",
+    sum_absurd: "INVALID_LOGPROB",
 }
 
 
