@@ -5,7 +5,7 @@ envelopes and parts of groups; messages.py turns other messages into dataclasses
 spells names.
 """
 
-from hacrl_exchange.codec.bodies import LogprobDtype, logprob_sum_tolerance
+from hacrl_exchange.codec.bodies import LogprobDtype, logprob_sum_tolerance, max_decoded_size, max_text_size
 from hacrl_exchange.codec.groups import decode_group, decode_verified_group, encode_group, group_digest
 from hacrl_exchange.codec.messages import (
     duration_from_proto,
@@ -61,6 +61,8 @@ __all__ = [
     "group_name",
     "logprob_sum_tolerance",
     "manifest_name",
+    "max_decoded_size",
+    "max_text_size",
     "model_spec_from_proto",
     "model_spec_to_proto",
     "parse_agent_name",

@@ -39,6 +39,13 @@ _DTYPES: Final[dict[int, np.dtype[Any]]] = {
     pb.ELEMENT_TYPE_F16: np.dtype("<f2"),
     pb.ELEMENT_TYPE_F32: np.dtype("<f4"),
 }
+MAX_META_SIZE: Final = 64 << 10
+"""Decoded bytes of a metadata part at most."""
+_TEXT_BYTES_PER_TOKEN: Final = 64
+_TEXT_BYTES_FREE: Final = 1024
+# Two tags of a byte and two lengths of at most five bytes.
+_TEXT_FRAMING: Final = 12
+_ENTRY_TAG: Final = (pb.TextBody.ROLLOUTS_FIELD_NUMBER << 3) | 2
 # Half a unit in the last place, relative and, below the normal range, absolute.
 _ROUNDING: Final[dict[int, tuple[float, float]]] = {
     pb.ELEMENT_TYPE_F16: (2.0**-11, 2.0**-25),
@@ -68,6 +75,25 @@ def logprob_sum_tolerance(abs_sum: float, count: int, *, element_type: int) -> f
     relative, absolute = rounding
     # Relative to what was encoded or to what was decoded: the factor covers both.
     return abs_sum * relative * 1.001 + count * absolute + abs_sum * (count + 2) * 2.0**-52
+
+
+def max_text_size(token_count: int) -> int:
+    """UTF-8 bytes at most of a response of so many tokens; the longest known tokens stay well below."""
+    return _TEXT_BYTES_PER_TOKEN * max(token_count, 0) + _TEXT_BYTES_FREE
+
+
+def max_decoded_size(info: pb.PartInfo, envelope: pb.Envelope) -> int:
+    """The largest size in bytes that a part can legally decode to, by the counts that the envelope states.
+
+    A few stored kilobytes can claim to be gigabytes; nothing needs to be decoded to know that they lie. A
+    part of unknown kind gets 0: it is skipped, not decoded.
+    """
+    counts = [max(rollout.token_count, 0) for rollout in envelope.rollouts]
+    if info.kind == pb.PART_KIND_TEXT:
+        return sum(max_text_size(count) + _TEXT_FRAMING for count in counts)
+    if info.kind in (pb.PART_KIND_TOKENS, pb.PART_KIND_LOGPROBS):
+        return sum(counts) * _DTYPES.get(info.element_type, _U32).itemsize
+    return MAX_META_SIZE if info.kind == pb.PART_KIND_META else 0
 
 
 # --- encoding --------------------------------------------------------------------------------------
@@ -179,7 +205,12 @@ def joined_bytes(data: bytes) -> _Array:
 def texts_of(part: tuple[pb.PartInfo, bytes] | None, count: int) -> list[str]:
     if part is None:
         return [""] * count
+    found = _text_entries(part[1], limit=count)
+    if found is not None and found > count:
+        raise CountMismatchError(f"The text part holds more than {count} texts for {count} rollouts.")
     try:
+        if found is None:
+            raise DecodeError
         texts = [rollout.text for rollout in pb.TextBody.FromString(part[1]).rollouts]
     except DecodeError as error:
         raise PartUndecodableError(
@@ -188,6 +219,27 @@ def texts_of(part: tuple[pb.PartInfo, bytes] | None, count: int) -> list[str]:
     if len(texts) != count:
         raise CountMismatchError(f"The text part holds {len(texts)} texts for {count} rollouts.")
     return texts
+
+
+def _text_entries(data: bytes, *, limit: int) -> int | None:
+    """Entries of a TextBody, counted up to one more than `limit`; None if the bytes are something else.
+
+    An empty entry takes two bytes here and a hundred when parsed, so they are counted first.
+    """
+    position = found = 0
+    while position < len(data) and found <= limit:
+        if data[position] != _ENTRY_TAG:
+            return None
+        size = shift = 0
+        for byte in data[position + 1 : position + 6]:
+            position += 1
+            size |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                break
+        position += 1 + size
+        found += 1
+    return found if found > limit or position == len(data) else None
 
 
 def numbers_of(part: tuple[pb.PartInfo, bytes] | None, ends: Sequence[int]) -> _Array | None:

@@ -13,6 +13,7 @@ from hacrl_exchange.codec.bodies import (
     LOGPROB_ELEMENT_TYPES,
     LogprobDtype,
     logprob_bytes,
+    max_decoded_size,
     metadata_bytes,
     metadata_of,
     numbers_of,
@@ -22,10 +23,11 @@ from hacrl_exchange.codec.bodies import (
 )
 from hacrl_exchange.codec.messages import enum_from_proto, verdict_from_proto, verifier_identity_from_proto
 from hacrl_exchange.codec.names import parse_group_name
-from hacrl_exchange.codec.parts import MAX_DECODED_SIZE, decode_part, encode_part
+from hacrl_exchange.codec.parts import MAX_DECODED_SIZE, decode_part, encode_part, part_title
 from hacrl_exchange.errors import (
     CountMismatchError,
     InvalidEnvelopeError,
+    PartTooLargeError,
 )
 from hacrl_exchange.types import (
     FinishReason,
@@ -37,6 +39,7 @@ from hacrl_exchange.types import (
     VerifiedGroup,
 )
 
+_KNOWN_KINDS = (pb.PART_KIND_TEXT, pb.PART_KIND_TOKENS, pb.PART_KIND_LOGPROBS, pb.PART_KIND_META)
 _PART_DIGEST = struct.Struct("<I32s")
 _ROLLOUT_DIGEST = struct.Struct("<IdBB")
 
@@ -240,7 +243,25 @@ def _decoded_parts(group: pb.Group, max_decoded: int) -> dict[int, tuple[pb.Part
             f"{group.name} came with {len(group.parts)} parts; its envelope and part_kinds describe others.",
             group=group.name,
         )
-    return {
-        kind: (infos[kind], decode_part(infos[kind], stored, max_decoded=max_decoded))
-        for kind, stored in zip(kinds, group.parts, strict=True)
-    }
+    bodies = {}
+    for kind, stored in zip(kinds, group.parts, strict=True):
+        if kind in _KNOWN_KINDS:  # a newer kind is skipped
+            _check_size(infos[kind], group.envelope)
+            bodies[int(kind)] = (infos[kind], decode_part(infos[kind], stored, max_decoded=max_decoded))
+    return bodies
+
+
+def _check_size(info: pb.PartInfo, envelope: pb.Envelope) -> None:
+    """Refuses a part that states more than its envelope's counts allow, before it takes the memory."""
+    limit = max_decoded_size(info, envelope)
+    if info.decoded_size <= limit:
+        return
+    numeric = info.kind in (pb.PART_KIND_TOKENS, pb.PART_KIND_LOGPROBS)
+    refusal = CountMismatchError if numeric else PartTooLargeError
+    raise refusal(
+        f"{part_title(info)} takes {info.decoded_size} bytes decoded; by the envelope's counts it is at most "
+        f"{limit}.",
+        kind=info.kind,
+        size=info.decoded_size,
+        limit=limit,
+    )

@@ -82,28 +82,30 @@ def decode_part(info: pb.PartInfo, stored: bytes, *, max_decoded: int = MAX_DECO
     """
     if info.stored_size != len(stored):
         raise SizeMismatchError(
-            f"{_title(info)} has {len(stored)} stored bytes; its description states {info.stored_size}.",
+            f"{part_title(info)} has {len(stored)} stored bytes; its description states {info.stored_size}.",
             kind=info.kind,
             stated=info.stored_size,
             actual=len(stored),
         )
     if info.decoded_size > max_decoded:
         raise PartTooLargeError(
-            f"{_title(info)} takes {info.decoded_size} bytes decoded; at most {max_decoded} are allowed.",
+            f"{part_title(info)} takes {info.decoded_size} bytes decoded; at most {max_decoded} are allowed.",
             kind=info.kind,
             size=info.decoded_size,
             limit=max_decoded,
         )
     if hashlib.sha256(stored).digest() != info.sha256:
         raise DigestMismatchError(
-            f"The bytes of {_title(info, start=False)} do not have the sha256 that its description states.",
+            f"The bytes of {part_title(info, start=False)} do not have the sha256 that its description "
+            "states.",
             kind=info.kind,
         )
     if info.compression == pb.COMPRESSION_ZSTD:
         return _decompress(info, stored)
     if info.compression != pb.COMPRESSION_NONE:
         raise UnsupportedEncodingError(
-            f"{_title(info)} has compression {info.compression}, which is unknown here; use NONE or ZSTD.",
+            f"{part_title(info)} has compression {info.compression}, which is unknown here; "
+            "use NONE or ZSTD.",
             kind=info.kind,
             compression=info.compression,
         )
@@ -125,14 +127,15 @@ def _decompress(info: pb.PartInfo, stored: bytes) -> bytes:
         )
     except zstandard.ZstdError as error:
         raise PartUndecodableError(
-            f"{_title(info)} is not one whole zstd frame of at most {size} bytes: {error}.", kind=info.kind
+            f"{part_title(info)} is not one whole zstd frame of at most {size} bytes: {error}.",
+            kind=info.kind,
         ) from error
     if len(decoded) != size:
         raise _wrong_decoded_size(info, len(decoded))
     return decoded
 
 
-def _title(info: pb.PartInfo, *, start: bool = True) -> str:
+def part_title(info: pb.PartInfo, *, start: bool = True) -> str:
     known = info.kind in pb.PartKind.values()
     name = pb.PartKind.Name(info.kind).removeprefix("PART_KIND_").lower() if known else str(info.kind)
     return f"{'The' if start else 'the'} {name} part"
@@ -140,7 +143,7 @@ def _title(info: pb.PartInfo, *, start: bool = True) -> str:
 
 def _wrong_decoded_size(info: pb.PartInfo, actual: int) -> SizeMismatchError:
     return SizeMismatchError(
-        f"{_title(info)} decodes to {actual} bytes; its description states {info.decoded_size}.",
+        f"{part_title(info)} decodes to {actual} bytes; its description states {info.decoded_size}.",
         kind=info.kind,
         stated=info.decoded_size,
         actual=actual,

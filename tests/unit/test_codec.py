@@ -322,6 +322,56 @@ def test_a_metadata_part_of_garbage_is_undecodable(data: bytes) -> None:
         codec.decode_group(message)
 
 
+@pytest.mark.parametrize(
+    ("index", "size", "refusal"),
+    [
+        (0, 2**24, PartTooLargeError),
+        (1, 2**24, CountMismatchError),
+        (2, 2**24, CountMismatchError),
+        (3, 2**16 + 1, PartTooLargeError),
+    ],
+)
+def test_a_part_beyond_what_its_counts_allow_is_refused_before_it_is_decoded(
+    index: int, size: int, refusal: type[Exception]
+) -> None:
+    message = codec.encode_group(make_group(make_rollout(metadata={})), name=NAME)
+    info = message.envelope.parts[index]
+    bomb, stored = codec.encode_part(info.kind, bytes(size), element_type=info.element_type)
+    info.CopyFrom(bomb)
+    message.parts[index] = stored
+
+    with pytest.raises(refusal, match=r"by the envelope's counts it is at most \d+\.$"):
+        codec.decode_group(message)
+
+
+def test_a_text_has_64_bytes_a_token_and_1024_more() -> None:
+    envelope = pb.Envelope(rollouts=[pb.RolloutInfo(token_count=3), pb.RolloutInfo(token_count=-1)])
+
+    assert codec.max_text_size(3) == 3 * 64 + 1024
+    largest = pb.TextBody(rollouts=[pb.RolloutText(text="x" * codec.max_text_size(n)) for n in (3, -1)])
+    info = pb.PartInfo(kind=pb.PART_KIND_TEXT)
+    assert 0 <= codec.max_decoded_size(info, envelope) - largest.ByteSize() < 24
+    assert codec.max_decoded_size(pb.PartInfo(), envelope) == 0
+
+
+def test_empty_texts_are_counted_before_they_are_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hacrl_exchange.codec import bodies
+
+    data = b"\x0a\x00" * 1000
+    monkeypatch.setattr(pb, "TextBody", None)
+
+    with pytest.raises(CountMismatchError, match=r"^The text part holds more than 8 texts for 8 rollouts\.$"):
+        bodies.texts_of((pb.PartInfo(), data), 8)
+
+
+def test_a_part_of_a_newer_kind_is_skipped() -> None:
+    message = codec.encode_group(make_group(), name=NAME)
+    message.envelope.parts.add(kind=pb.PartKind.ValueType(9), decoded_size=2**40)
+    message.parts.append(b"?")
+
+    assert codec.decode_group(message).rollouts
+
+
 def replace(message: pb.Group, index: int, data: bytes) -> None:
     """Puts an honest description of other data in place of a part."""
     old = message.envelope.parts[index]
