@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from hacrl_exchange.cli.options import DEFAULT_BROKER, Broker, Json, seconds_of
+from hacrl_exchange.cli.options import (
+    DEFAULT_BROKER,
+    INT32_MAX,
+    INT64_MAX,
+    INT64_MIN,
+    Broker,
+    Json,
+    seconds_of,
+)
 
 pool = typer.Typer(
     help=__doc__,
@@ -38,7 +46,7 @@ def create(
         typer.Option("--verifier", metavar="NAME", help="What judges rollouts: math, boxed, exact_match ..."),
     ],
     prompts_per_step: Annotated[
-        int, typer.Option("--prompts-per-step", metavar="N", min=1, help="Prompts of a step.")
+        int, typer.Option("--prompts-per-step", metavar="N", min=1, max=INT32_MAX, help="Prompts of a step.")
     ],
     broker: Broker = DEFAULT_BROKER,
     config_json: Annotated[
@@ -46,12 +54,19 @@ def create(
         typer.Option("--config-json", metavar="JSON", help="The verifier's configuration, a JSON object."),
     ] = "{}",
     group_size: Annotated[
-        int, typer.Option("--group-size", metavar="G", min=1, help="Rollouts of an agent for a prompt.")
+        int,
+        typer.Option(
+            "--group-size", metavar="G", min=1, max=INT32_MAX, help="Rollouts of an agent for a prompt."
+        ),
     ] = 8,
     min_members: Annotated[
         int,
         typer.Option(
-            "--min-members", metavar="N", min=1, help="Members that open the first step and make a quorum."
+            "--min-members",
+            metavar="N",
+            min=1,
+            max=INT32_MAX,
+            help="Members that open the first step and make a quorum.",
         ),
     ] = 2,
     publish_timeout: Annotated[
@@ -68,7 +83,9 @@ def create(
     ] = "10s",
     max_attempts: Annotated[
         int,
-        typer.Option("--max-attempts", metavar="N", min=1, help="Workers that may fail on a group."),
+        typer.Option(
+            "--max-attempts", metavar="N", min=1, max=INT32_MAX, help="Workers that may fail on a group."
+        ),
     ] = 3,
     success_threshold: Annotated[
         float,
@@ -85,14 +102,22 @@ def create(
         ),
     ] = 0.1,
     max_steps: Annotated[
-        int, typer.Option("--max-steps", metavar="N", min=0, help="The pool ends after this step. 0: never.")
+        int,
+        typer.Option(
+            "--max-steps", metavar="N", min=0, max=INT64_MAX, help="The pool ends after this step. 0: never."
+        ),
     ] = 0,
     max_open_steps: Annotated[
-        int, typer.Option("--max-open-steps", metavar="N", min=1, help="Steps that may be open at once.")
+        int,
+        typer.Option(
+            "--max-open-steps", metavar="N", min=1, max=INT32_MAX, help="Steps that may be open at once."
+        ),
     ] = 1,
     max_tokens: Annotated[
         int,
-        typer.Option("--max-tokens", metavar="N", min=0, help="Longest response. 0: the broker's limit."),
+        typer.Option(
+            "--max-tokens", metavar="N", min=0, max=INT32_MAX, help="Longest response. 0: the broker's limit."
+        ),
     ] = 0,
     reveal: Annotated[
         Reveal,
@@ -103,13 +128,24 @@ def create(
     ] = Reveal.GIVE_TO_GET,
     retained_steps: Annotated[
         int,
-        typer.Option("--retained-steps", metavar="N", min=0, help="Closed steps kept for replay. 0: all."),
+        typer.Option(
+            "--retained-steps",
+            metavar="N",
+            min=0,
+            max=INT32_MAX,
+            help="Closed steps kept for replay. 0: all.",
+        ),
     ] = 0,
     capability_window: Annotated[
         int,
-        typer.Option("--capability-window", metavar="N", min=1, help="Steps that make up a capability."),
+        typer.Option(
+            "--capability-window", metavar="N", min=1, max=INT32_MAX, help="Steps that make up a capability."
+        ),
     ] = 5,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seeds the order of prompts.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option("--seed", metavar="N", min=INT64_MIN, max=INT64_MAX, help="Seeds the order of prompts."),
+    ] = 0,
 ) -> None:
     """Create a pool. It can't be changed later.
 
@@ -131,15 +167,15 @@ def create(
         plan=VerificationPlan(
             verifiers=(VerifierUse(verifier, config_json),),
             success_threshold=success_threshold,
-            item_timeout_seconds=seconds_of(item_timeout),
+            item_timeout_seconds=seconds_of(item_timeout, "--item-timeout"),
             max_attempts=max_attempts,
             max_unscored_share=max_unscored_share,
         ),
         lockstep=Lockstep(
             prompts_per_step=prompts_per_step,
             min_members=min_members,
-            publish_timeout_seconds=seconds_of(publish_timeout),
-            verify_timeout_seconds=seconds_of(verify_timeout),
+            publish_timeout_seconds=seconds_of(publish_timeout, "--publish-timeout"),
+            verify_timeout_seconds=seconds_of(verify_timeout, "--verify-timeout"),
             max_open_steps=max_open_steps,
             max_steps=max_steps,
         ),
@@ -151,7 +187,15 @@ def create(
     )
     with AdminClient(broker) as admin:
         created = admin.create_pool(name, spec)
+        offered = sorted({offer for worker in admin.workers() for offer in worker.verifiers})
     typer.echo(f"Pool {created.name}: {pool_line(created.spec)}")
+    if verifier not in offered:
+        others = f"they offer {', '.join(offered)}" if offered else "there is none"
+        typer.echo(
+            f"No worker that is connected now offers the verifier {verifier!r} ({others}); until one does, "
+            "rollouts wait and end unscored.",
+            err=True,
+        )
 
 
 @pool.command("show")

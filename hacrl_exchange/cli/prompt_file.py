@@ -23,9 +23,18 @@ def read_prompts(lines: Iterable[bytes], *, where: str) -> Iterator[PromptEntry]
         if not line.strip():
             continue
         try:
-            entry = _entry(json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")))
+            value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            if b"\\u" in line:  # only an escape can spell half a pair
+                json.dumps(value, ensure_ascii=False).encode()
+            entry = _entry(value)
         except UnicodeDecodeError:
             raise _refusal(where, number, "the line is not UTF-8") from None
+        except UnicodeEncodeError:
+            raise _refusal(
+                where, number, "a text has half of a surrogate pair, which is no character"
+            ) from None
+        except RecursionError:
+            raise _refusal(where, number, "the line is nested too deeply") from None
         except json.JSONDecodeError as error:
             raise _refusal(
                 where, number, f"the line is not JSON: {error.msg} at column {error.colno}"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hacrl_exchange.cli.app import application
-from hacrl_exchange.client import connect
+from hacrl_exchange.client import OfferedVerifier, WorkerClient, connect
 from hacrl_exchange.testing import BrokerProcess, RunningBroker, running_broker
 from hacrl_exchange.types import FinishReason, Group, PolicyVersion, Rollout
 
@@ -96,9 +96,13 @@ def test_a_file_that_is_not_there_gives_a_sentence(hacrl: Hacrl, tmp_path: Path)
 def test_a_pool_is_created_shown_and_listed(broker: RunningBroker, hacrl: Hacrl, sums: Path) -> None:
     assert hacrl("pool", "list")[1] == "No pools yet. `hacrl pool create` makes one.\n"
     hacrl("prompts", "add", "sums", str(sums))
-    code, out, _ = _create(hacrl, "--max-steps", "5", "--publish-timeout", "90s", "--reveal", "open")
+    code, out, err = _create(hacrl, "--max-steps", "5", "--publish-timeout", "90s", "--reveal", "open")
 
     assert code == 0
+    assert err == (
+        "No worker that is connected now offers the verifier 'exact_match' (there is none); until one does, "
+        "rollouts wait and end unscored.\n"
+    )
     assert out == (
         "Pool sums: 4 prompts of sums a step, 2 rollouts each, judged by exact_match, at least 1 members, "
         "5 steps\n"
@@ -108,6 +112,18 @@ def test_a_pool_is_created_shown_and_listed(broker: RunningBroker, hacrl: Hacrl,
     assert shown["counts"] == {"accepted": 0, "scored": 0, "unscored": 0, "pending": 0}
     (listed,) = json.loads(hacrl("pool", "list", "--json")[1])["pools"]
     assert listed == {key: shown[key] for key in listed}
+
+
+def test_a_pool_is_warned_about_only_where_no_worker_offers_its_verifier(
+    broker: RunningBroker, hacrl: Hacrl, sums: Path
+) -> None:
+    hacrl("prompts", "add", "sums", str(sums))
+    with WorkerClient(broker.target) as worker:
+        worker.register("w", offered=[OfferedVerifier("boxed", "1")])
+        _, _, err = _create(hacrl)
+        assert "'exact_match' (they offer boxed)" in err
+        worker.register("v", offered=[OfferedVerifier("exact_match", "1")])
+        assert _create(hacrl)[2] == ""
 
 
 def test_a_pool_shows_its_members_and_counts_while_a_step_is_open(

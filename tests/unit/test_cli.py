@@ -128,14 +128,39 @@ def test_a_bug_in_a_command_keeps_its_traceback(tmp_path: Path, monkeypatch: pyt
     [("500ms", 0.5), ("90s", 90.0), ("10min", 600.0), ("1.5h", 5400.0), ("2 d", 172800.0)],
 )
 def test_a_duration_is_a_number_and_a_unit(text: str, seconds: float) -> None:
-    assert seconds_of(text) == seconds
-    assert seconds_of(duration_text(seconds)) == seconds
+    assert seconds_of(text, "--x") == seconds
+    assert seconds_of(duration_text(seconds), "--x") == seconds
 
 
 @pytest.mark.parametrize("text", ["5", "", "s", "-1s", "5 weeks", "1e3s"])
 def test_a_duration_without_a_known_unit_is_refused(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="is not a duration; give a number and a unit"):
-        seconds_of(text)
+        seconds_of(text, "--x")
+
+
+@pytest.mark.parametrize("text", ["0s", "0.0h", ".1ms", "366d", "9999999999999999999999h"])
+def test_a_duration_is_above_zero_and_at_most_a_year(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="is not between 1ms and 365d"):
+        seconds_of(text, "--x")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--seed", "99999999999999999999"),
+        ("--min-members", "99999999999"),
+        ("--retained-steps", "99999999999"),
+        ("--publish-timeout", "0s"),
+        ("--item-timeout", "-1s"),
+    ],
+)
+def test_a_number_out_of_range_names_its_option(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool = ("pool", "create", "p", "--prompts", "s", "--verifier", "math", "--prompts-per-step", "1")
+
+    assert _run(*pool, option, value) == 2
+    assert option in capsys.readouterr().err
 
 
 # --- prompt files ----------------------------------------------------------------------------------
@@ -159,6 +184,18 @@ def test_a_line_is_a_prompt_with_its_private_reference() -> None:
     [
         (b"{", "the line is not JSON: Expecting property name enclosed in double quotes at column 2"),
         (b"\xff\xfe", "the line is not UTF-8"),
+        (
+            b'{"id": "x", "prompt": "\\ud800"}',
+            "a text has half of a surrogate pair, which is no character",
+        ),
+        (
+            b'{"id": "x", "prompt": "", "reference": {"\\udfff": 1}}',
+            "a text has half of a surrogate pair, which is no character",
+        ),
+        (
+            b'{"id": "x", "prompt": "", "reference": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+            "the line is nested too deeply",
+        ),
         (b"[1]", "a prompt is a JSON object"),
         (b'{"prompt": "x"}', '"id" must be a text of 1 to 128 bytes'),
         (b'{"id": "x"}', 'give either "prompt" or "messages"'),
