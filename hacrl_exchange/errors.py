@@ -89,7 +89,7 @@ class PromptSetExistsError(ExchangeError):
 
 
 class InvalidPromptSetError(ExchangeError):
-    """A prompt of the set is malformed, repeated or too large. Nothing was stored."""
+    """A prompt of the set is malformed, repeated or too large, or some did not come. Nothing was stored."""
 
     code = "INVALID_ARGUMENT"
     reason = "INVALID_PROMPT_SET"

@@ -27,7 +27,7 @@ from . import pool_pb2 as hacrl_dot_exchange_dot_v1_dot_pool__pb2
 from . import prompt_pb2 as hacrl_dot_exchange_dot_v1_dot_prompt__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%hacrl/exchange/v1/admin_service.proto\x12\x11hacrl.exchange.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1chacrl/exchange/v1/pool.proto\x1a\x1ehacrl/exchange/v1/prompt.proto\"c\n\x16\x43reatePromptSetRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\x12\x35\n\x07\x65ntries\x18\x02 \x03(\x0b\x32\x1e.hacrl.exchange.v1.PromptEntryB\x04\xe2\x41\x01\x02\"Q\n\x17\x43reatePromptSetResponse\x12\x36\n\nprompt_set\x18\x01 \x01(\x0b\x32\x1c.hacrl.exchange.v1.PromptSetB\x04\xe2\x41\x01\x03\"J\n\x15ListPromptSetsRequest\x12\x17\n\tpage_size\x18\x01 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x18\n\npage_token\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\"p\n\x16ListPromptSetsResponse\x12\x37\n\x0bprompt_sets\x18\x01 \x03(\x0b\x32\x1c.hacrl.exchange.v1.PromptSetB\x04\xe2\x41\x01\x03\x12\x1d\n\x0fnext_page_token\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\"X\n\x11\x43reatePoolRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12/\n\x04spec\x18\x02 \x01(\x0b\x32\x1b.hacrl.exchange.v1.PoolSpecB\x04\xe2\x41\x01\x02\"A\n\x12\x43reatePoolResponse\x12+\n\x04pool\x18\x01 \x01(\x0b\x32\x17.hacrl.exchange.v1.PoolB\x04\xe2\x41\x01\x03\"G\n\x12ListWorkersRequest\x12\x17\n\tpage_size\x18\x01 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x18\n\npage_token\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\"q\n\x06Worker\x12\x14\n\x06worker\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x16\n\x08identity\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x12\x17\n\tverifiers\x18\x03 \x03(\tB\x04\xe2\x41\x01\x03\x12 \n\x12leased_group_count\x18\x04 \x01(\x05\x42\x04\xe2\x41\x01\x03\"f\n\x13ListWorkersResponse\x12\x30\n\x07workers\x18\x01 \x03(\x0b\x32\x19.hacrl.exchange.v1.WorkerB\x04\xe2\x41\x01\x03\x12\x1d\n\x0fnext_page_token\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x32\x9a\x03\n\x0c\x41\x64minService\x12j\n\x0f\x43reatePromptSet\x12).hacrl.exchange.v1.CreatePromptSetRequest\x1a*.hacrl.exchange.v1.CreatePromptSetResponse(\x01\x12\x65\n\x0eListPromptSets\x12(.hacrl.exchange.v1.ListPromptSetsRequest\x1a).hacrl.exchange.v1.ListPromptSetsResponse\x12Y\n\nCreatePool\x12$.hacrl.exchange.v1.CreatePoolRequest\x1a%.hacrl.exchange.v1.CreatePoolResponse\x12\\\n\x0bListWorkers\x12%.hacrl.exchange.v1.ListWorkersRequest\x1a&.hacrl.exchange.v1.ListWorkersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%hacrl/exchange/v1/admin_service.proto\x12\x11hacrl.exchange.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1chacrl/exchange/v1/pool.proto\x1a\x1ehacrl/exchange/v1/prompt.proto\"\x7f\n\x16\x43reatePromptSetRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\x12\x35\n\x07\x65ntries\x18\x02 \x03(\x0b\x32\x1e.hacrl.exchange.v1.PromptEntryB\x04\xe2\x41\x01\x02\x12\x1a\n\x0cprompt_count\x18\x03 \x01(\x05\x42\x04\xe2\x41\x01\x02\"Q\n\x17\x43reatePromptSetResponse\x12\x36\n\nprompt_set\x18\x01 \x01(\x0b\x32\x1c.hacrl.exchange.v1.PromptSetB\x04\xe2\x41\x01\x03\"J\n\x15ListPromptSetsRequest\x12\x17\n\tpage_size\x18\x01 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x18\n\npage_token\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\"p\n\x16ListPromptSetsResponse\x12\x37\n\x0bprompt_sets\x18\x01 \x03(\x0b\x32\x1c.hacrl.exchange.v1.PromptSetB\x04\xe2\x41\x01\x03\x12\x1d\n\x0fnext_page_token\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\"X\n\x11\x43reatePoolRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12/\n\x04spec\x18\x02 \x01(\x0b\x32\x1b.hacrl.exchange.v1.PoolSpecB\x04\xe2\x41\x01\x02\"A\n\x12\x43reatePoolResponse\x12+\n\x04pool\x18\x01 \x01(\x0b\x32\x17.hacrl.exchange.v1.PoolB\x04\xe2\x41\x01\x03\"G\n\x12ListWorkersRequest\x12\x17\n\tpage_size\x18\x01 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x18\n\npage_token\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\"q\n\x06Worker\x12\x14\n\x06worker\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x16\n\x08identity\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x12\x17\n\tverifiers\x18\x03 \x03(\tB\x04\xe2\x41\x01\x03\x12 \n\x12leased_group_count\x18\x04 \x01(\x05\x42\x04\xe2\x41\x01\x03\"f\n\x13ListWorkersResponse\x12\x30\n\x07workers\x18\x01 \x03(\x0b\x32\x19.hacrl.exchange.v1.WorkerB\x04\xe2\x41\x01\x03\x12\x1d\n\x0fnext_page_token\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x32\x9a\x03\n\x0c\x41\x64minService\x12j\n\x0f\x43reatePromptSet\x12).hacrl.exchange.v1.CreatePromptSetRequest\x1a*.hacrl.exchange.v1.CreatePromptSetResponse(\x01\x12\x65\n\x0eListPromptSets\x12(.hacrl.exchange.v1.ListPromptSetsRequest\x1a).hacrl.exchange.v1.ListPromptSetsResponse\x12Y\n\nCreatePool\x12$.hacrl.exchange.v1.CreatePoolRequest\x1a%.hacrl.exchange.v1.CreatePoolResponse\x12\\\n\x0bListWorkers\x12%.hacrl.exchange.v1.ListWorkersRequest\x1a&.hacrl.exchange.v1.ListWorkersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,6 +38,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATEPROMPTSETREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\001'
   _globals['_CREATEPROMPTSETREQUEST'].fields_by_name['entries']._loaded_options = None
   _globals['_CREATEPROMPTSETREQUEST'].fields_by_name['entries']._serialized_options = b'\342A\001\002'
+  _globals['_CREATEPROMPTSETREQUEST'].fields_by_name['prompt_count']._loaded_options = None
+  _globals['_CREATEPROMPTSETREQUEST'].fields_by_name['prompt_count']._serialized_options = b'\342A\001\002'
   _globals['_CREATEPROMPTSETRESPONSE'].fields_by_name['prompt_set']._loaded_options = None
   _globals['_CREATEPROMPTSETRESPONSE'].fields_by_name['prompt_set']._serialized_options = b'\342A\001\003'
   _globals['_LISTPROMPTSETSREQUEST'].fields_by_name['page_size']._loaded_options = None
@@ -71,23 +73,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTWORKERSRESPONSE'].fields_by_name['next_page_token']._loaded_options = None
   _globals['_LISTWORKERSRESPONSE'].fields_by_name['next_page_token']._serialized_options = b'\342A\001\003'
   _globals['_CREATEPROMPTSETREQUEST']._serialized_start=155
-  _globals['_CREATEPROMPTSETREQUEST']._serialized_end=254
-  _globals['_CREATEPROMPTSETRESPONSE']._serialized_start=256
-  _globals['_CREATEPROMPTSETRESPONSE']._serialized_end=337
-  _globals['_LISTPROMPTSETSREQUEST']._serialized_start=339
-  _globals['_LISTPROMPTSETSREQUEST']._serialized_end=413
-  _globals['_LISTPROMPTSETSRESPONSE']._serialized_start=415
-  _globals['_LISTPROMPTSETSRESPONSE']._serialized_end=527
-  _globals['_CREATEPOOLREQUEST']._serialized_start=529
-  _globals['_CREATEPOOLREQUEST']._serialized_end=617
-  _globals['_CREATEPOOLRESPONSE']._serialized_start=619
-  _globals['_CREATEPOOLRESPONSE']._serialized_end=684
-  _globals['_LISTWORKERSREQUEST']._serialized_start=686
-  _globals['_LISTWORKERSREQUEST']._serialized_end=757
-  _globals['_WORKER']._serialized_start=759
-  _globals['_WORKER']._serialized_end=872
-  _globals['_LISTWORKERSRESPONSE']._serialized_start=874
-  _globals['_LISTWORKERSRESPONSE']._serialized_end=976
-  _globals['_ADMINSERVICE']._serialized_start=979
-  _globals['_ADMINSERVICE']._serialized_end=1389
+  _globals['_CREATEPROMPTSETREQUEST']._serialized_end=282
+  _globals['_CREATEPROMPTSETRESPONSE']._serialized_start=284
+  _globals['_CREATEPROMPTSETRESPONSE']._serialized_end=365
+  _globals['_LISTPROMPTSETSREQUEST']._serialized_start=367
+  _globals['_LISTPROMPTSETSREQUEST']._serialized_end=441
+  _globals['_LISTPROMPTSETSRESPONSE']._serialized_start=443
+  _globals['_LISTPROMPTSETSRESPONSE']._serialized_end=555
+  _globals['_CREATEPOOLREQUEST']._serialized_start=557
+  _globals['_CREATEPOOLREQUEST']._serialized_end=645
+  _globals['_CREATEPOOLRESPONSE']._serialized_start=647
+  _globals['_CREATEPOOLRESPONSE']._serialized_end=712
+  _globals['_LISTWORKERSREQUEST']._serialized_start=714
+  _globals['_LISTWORKERSREQUEST']._serialized_end=785
+  _globals['_WORKER']._serialized_start=787
+  _globals['_WORKER']._serialized_end=900
+  _globals['_LISTWORKERSRESPONSE']._serialized_start=902
+  _globals['_LISTWORKERSRESPONSE']._serialized_end=1004
+  _globals['_ADMINSERVICE']._serialized_start=1007
+  _globals['_ADMINSERVICE']._serialized_end=1417
 # @@protoc_insertion_point(module_scope)

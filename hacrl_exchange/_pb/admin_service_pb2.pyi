@@ -28,8 +28,11 @@ class CreatePromptSetRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     ENTRIES_FIELD_NUMBER: _builtins.int
+    PROMPT_COUNT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """"promptSets/{id}"; required in the first message, ignored later."""
+    """"promptSets/{id}"; required in the first message; later empty or the same."""
+    prompt_count: _builtins.int
+    """How many entries all messages carry together. In the first message; ignored later."""
     @_builtins.property
     def entries(self) -> _containers.RepeatedCompositeFieldContainer[_prompt_pb2.PromptEntry]:
         """Some entries; their ids are unique in the set."""
@@ -39,10 +42,11 @@ class CreatePromptSetRequest(_message.Message):
         *,
         name: _builtins.str = ...,
         entries: _abc.Iterable[_prompt_pb2.PromptEntry] | None = ...,
+        prompt_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "name", b"name", "prompt_count", b"prompt_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

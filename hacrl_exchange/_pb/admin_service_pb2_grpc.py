@@ -62,8 +62,9 @@ class AdminServiceServicer(object):
     """
 
     def CreatePromptSet(self, request_iterator, context):
-        """Stores an immutable prompt set; all or nothing. The first message names it, every message carries
-        entries. A retry with the same content answers the stored set; PROMPT_SET_EXISTS: other content.
+        """Stores an immutable prompt set; all or nothing. The first message names it and states how many
+        prompts it holds, every message carries entries; an upload that ends before them all is refused with
+        INVALID_PROMPT_SET, so that a broken stream never leaves a part of a set. A retry with the same content answers the stored set; PROMPT_SET_EXISTS: other content.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,8 +34,9 @@ class AdminServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdminServiceAsyncStub: ...
     CreatePromptSet: _grpc.StreamUnaryMultiCallable[_admin_service_pb2.CreatePromptSetRequest, _admin_service_pb2.CreatePromptSetResponse]
-    """Stores an immutable prompt set; all or nothing. The first message names it, every message carries
-    entries. A retry with the same content answers the stored set; PROMPT_SET_EXISTS: other content.
+    """Stores an immutable prompt set; all or nothing. The first message names it and states how many
+    prompts it holds, every message carries entries; an upload that ends before them all is refused with
+    INVALID_PROMPT_SET, so that a broken stream never leaves a part of a set. A retry with the same content answers the stored set; PROMPT_SET_EXISTS: other content.
     """
     ListPromptSets: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListPromptSetsRequest, _admin_service_pb2.ListPromptSetsResponse]
     """Lists prompt sets by name. Safe to retry."""
@@ -52,8 +53,9 @@ class AdminServiceAsyncStub(AdminServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreatePromptSet: _aio.StreamUnaryMultiCallable[_admin_service_pb2.CreatePromptSetRequest, _admin_service_pb2.CreatePromptSetResponse]  # type: ignore[assignment]
-    """Stores an immutable prompt set; all or nothing. The first message names it, every message carries
-    entries. A retry with the same content answers the stored set; PROMPT_SET_EXISTS: other content.
+    """Stores an immutable prompt set; all or nothing. The first message names it and states how many
+    prompts it holds, every message carries entries; an upload that ends before them all is refused with
+    INVALID_PROMPT_SET, so that a broken stream never leaves a part of a set. A retry with the same content answers the stored set; PROMPT_SET_EXISTS: other content.
     """
     ListPromptSets: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListPromptSetsRequest, _admin_service_pb2.ListPromptSetsResponse]  # type: ignore[assignment]
     """Lists prompt sets by name. Safe to retry."""
@@ -73,8 +75,9 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_admin_service_pb2.CreatePromptSetRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.CreatePromptSetResponse, _abc.Awaitable[_admin_service_pb2.CreatePromptSetResponse]]:
-        """Stores an immutable prompt set; all or nothing. The first message names it, every message carries
-        entries. A retry with the same content answers the stored set; PROMPT_SET_EXISTS: other content.
+        """Stores an immutable prompt set; all or nothing. The first message names it and states how many
+        prompts it holds, every message carries entries; an upload that ends before them all is refused with
+        INVALID_PROMPT_SET, so that a broken stream never leaves a part of a set. A retry with the same content answers the stored set; PROMPT_SET_EXISTS: other content.
         """
 
     @_abc_1.abstractmethod

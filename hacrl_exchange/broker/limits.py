@@ -25,6 +25,7 @@ class Limits:
     lease_timeout_seconds: float = 10.0
     max_groups_per_lease: int = 64
     max_prompt_set_size: int = 256 * MIB
+    max_prompts_per_set: int = 1_000_000
     max_prompt_size: int = 1 * MIB
     max_detail_size: int = 2048
     max_call_decoded_size: int = 128 * MIB

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
-import json
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 from hacrl_exchange._pb import prompt_pb2, records_pb2
+from hacrl_exchange.broker.core.json_text import strict_json
 from hacrl_exchange.broker.limits import Limits
 from hacrl_exchange.broker.log import CATALOG, Entry, Log
 from hacrl_exchange.errors import (
@@ -19,6 +20,9 @@ from hacrl_exchange.errors import (
     PromptSetExistsError,
     PromptSetNotFoundError,
 )
+
+_SLICE = 4096
+"""Entries packed in one go; a set of more waits for the one before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,7 @@ class PromptStore:
         self._sets: dict[str, PromptSet] = {}
         self._position = 0
         self._lock = asyncio.Lock()
+        self._packing = asyncio.Lock()  # large sets, one at a time
 
     def load(self) -> None:
         """Reads the catalog. Blocks."""
@@ -92,9 +97,8 @@ class PromptStore:
             PromptSetExistsError: the name is taken by other content.
             LogFailedError: it could not be written.
         """
-        checked = {entry.prompt.prompt_id: entry for entry in self._checked(entries)}
-        body = records_pb2.PromptSetBody(entries=list(checked.values())).SerializeToString(deterministic=True)
-        digest = hashlib.sha256(body).digest()
+        async with self._packing if len(entries) > _SLICE else contextlib.nullcontext():
+            checked, body, digest = await asyncio.to_thread(_packed, entries, limits=self._limits)
         async with self._lock:
             stored = self._sets.get(name)
             if stored is not None and stored.digest == digest:
@@ -123,34 +127,57 @@ class PromptStore:
             self._sets[name] = PromptSet(name, digest, checked)
             return self._sets[name]
 
-    def _checked(self, entries: Sequence[prompt_pb2.PromptEntry]) -> Sequence[prompt_pb2.PromptEntry]:
-        seen: set[str] = set()
-        if not entries:
-            raise InvalidPromptSetError("A prompt set needs at least one prompt; nothing was stored.")
-        for index, entry in enumerate(entries):
-            where = f"Prompt {index} ({entry.prompt.prompt_id!r})"
-            if not 1 <= len(entry.prompt.prompt_id.encode()) <= 128:
-                raise InvalidPromptSetError(
-                    f"{where} needs an id of 1 to 128 bytes; nothing was stored.", index=index
-                )
-            if entry.prompt.prompt_id in seen:
-                raise InvalidPromptSetError(f"{where} repeats an id; ids are unique in a set.", index=index)
-            seen.add(entry.prompt.prompt_id)
-            if not entry.prompt.messages:
-                raise InvalidPromptSetError(f"{where} has no message; nothing was stored.", index=index)
-            if any(not 1 <= len(message.role.encode()) <= 32 for message in entry.prompt.messages):
-                raise InvalidPromptSetError(
-                    f"{where} has a message without a role of 1 to 32 bytes.", index=index
-                )
-            if entry.ByteSize() > self._limits.max_prompt_size:
-                raise InvalidPromptSetError(
-                    f"{where} is {entry.ByteSize()} bytes; the limit is {self._limits.max_prompt_size}.",
-                    index=index,
-                )
-            try:
-                json.loads(entry.reference_json or "null")
-            except ValueError as error:
-                raise InvalidPromptSetError(
-                    f"The reference of {where} is not JSON: {error}.", index=index
-                ) from error
-        return entries
+
+def _packed(
+    entries: Sequence[prompt_pb2.PromptEntry], *, limits: Limits
+) -> tuple[dict[str, prompt_pb2.PromptEntry], bytes, bytes]:
+    """Checks entries: by id, the set's body and its digest. Runs in a thread.
+
+    The body is packed a slice at a time: one call for a million entries would hold the interpreter, and the
+    event loop with it, for seconds. Slices joined are the same bytes, for that is how messages merge.
+
+    Raises:
+        InvalidPromptSetError: an entry is malformed.
+    """
+    checked = _checked(entries, limits=limits)
+    body = b"".join(
+        records_pb2.PromptSetBody(entries=entries[start : start + _SLICE]).SerializeToString(
+            deterministic=True
+        )
+        for start in range(0, len(entries), _SLICE)
+    )
+    return checked, body, hashlib.sha256(body).digest()
+
+
+def _checked(
+    entries: Sequence[prompt_pb2.PromptEntry], *, limits: Limits
+) -> dict[str, prompt_pb2.PromptEntry]:
+    if not entries:
+        raise InvalidPromptSetError("A prompt set needs at least one prompt; nothing was stored.")
+    checked: dict[str, prompt_pb2.PromptEntry] = {}
+    for index, entry in enumerate(entries):
+        prompt_id = entry.prompt.prompt_id
+        fault = f"repeats the id {prompt_id!r}" if prompt_id in checked else _fault(entry, limits=limits)
+        if fault:
+            raise InvalidPromptSetError(
+                f"Prompt {index} ({prompt_id[:80]!r}) {fault}; nothing was stored.", index=index
+            )
+        checked[prompt_id] = entry
+    return checked
+
+
+def _fault(entry: prompt_pb2.PromptEntry, *, limits: Limits) -> str:
+    """What is wrong with an entry, as the rest of a sentence; empty if nothing is."""
+    if entry.ByteSize() > limits.max_prompt_size:
+        return f"is {entry.ByteSize()} bytes, and the limit is {limits.max_prompt_size}"
+    if not 1 <= len(entry.prompt.prompt_id.encode()) <= 128:
+        return "needs an id of 1 to 128 bytes"
+    if not entry.prompt.messages:
+        return "has no message"
+    if any(not 1 <= len(message.role.encode()) <= 32 for message in entry.prompt.messages):
+        return "has a message without a role of 1 to 32 bytes"
+    try:
+        strict_json(entry.reference_json or "null")
+    except ValueError as error:
+        return f"has a reference that is not JSON: {error}"
+    return ""

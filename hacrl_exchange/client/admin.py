@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from types import TracebackType
 
 from hacrl_exchange._pb import admin_service_pb2 as pb
-from hacrl_exchange._pb import prompt_pb2
 from hacrl_exchange.client.views import (
     PoolInfo,
     PromptSetInfo,
@@ -21,6 +20,7 @@ from hacrl_exchange.types import PoolSpec, PromptEntry
 
 _MESSAGE_SIZE = 1 << 20
 _PAGE_SIZE = 1000
+_INT32_MAX = 2**31 - 1
 
 
 class AdminClient:
@@ -50,7 +50,7 @@ class AdminClient:
             InvalidPromptSetError: an entry is malformed, repeated or too large.
             UnreachableError: no answer.
         """
-        requests = list(_prompt_set_messages(prompt_set_name(prompt_set), entries))
+        requests = _prompt_set_messages(prompt_set_name(prompt_set), entries)
         response = self._wire.call_stream(self._wire.admin.CreatePromptSet, requests)
         return prompt_set_info(response.prompt_set)
 
@@ -99,17 +99,18 @@ class AdminClient:
                 return tuple(found)
 
 
-def _prompt_set_messages(name: str, entries: Iterable[PromptEntry]) -> Iterator[pb.CreatePromptSetRequest]:
-    """Messages of about 1 MiB; the first names the set, even if there is no entry at all."""
-    waiting: list[prompt_pb2.PromptEntry] = []
+def _prompt_set_messages(name: str, entries: Iterable[PromptEntry]) -> list[pb.CreatePromptSetRequest]:
+    """Messages of about 1 MiB; the first names the set and counts its prompts, even if there is none."""
+    requests = [pb.CreatePromptSetRequest(name=name)]
     size = 0
-    first = True
+    count = 0
     for entry in map(prompt_entry_to_proto, entries):
         entry_size = entry.ByteSize() + 8
-        if waiting and size + entry_size > _MESSAGE_SIZE:
-            yield pb.CreatePromptSetRequest(name=name if first else "", entries=waiting)
-            waiting, size, first = [], 0, False
-        waiting.append(entry)
+        if requests[-1].entries and size + entry_size > _MESSAGE_SIZE:
+            requests.append(pb.CreatePromptSetRequest())
+            size = 0
+        requests[-1].entries.append(entry)
         size += entry_size
-    if waiting or first:
-        yield pb.CreatePromptSetRequest(name=name if first else "", entries=waiting)
+        count += 1
+    requests[0].prompt_count = min(count, _INT32_MAX)  # the broker refuses far fewer
+    return requests

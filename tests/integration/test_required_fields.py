@@ -139,7 +139,7 @@ def calls(desk: Desk) -> dict[str, Call]:
         "AcquireLease": ve.AcquireLeaseRequest(worker=worker),
         "RenewLease": ve.RenewLeaseRequest(worker=worker, lease=lease.lease),
         "ReportVerdicts": ve.ReportVerdictsRequest(worker=worker, lease=lease.lease, reports=[report]),
-        "CreatePromptSet": ad.CreatePromptSetRequest(name="promptSets/x", entries=[entry]),
+        "CreatePromptSet": ad.CreatePromptSetRequest(name="promptSets/x", entries=[entry], prompt_count=1),
         "ListPromptSets": ad.ListPromptSetsRequest(),
         "CreatePool": ad.CreatePoolRequest(name="pools/x", spec=spec),
         "ListWorkers": ad.ListWorkersRequest(),

@@ -76,7 +76,9 @@ class Desk:
             )
             for index in range(prompts)
         ]
-        request = admin_service_pb2.CreatePromptSetRequest(name=f"promptSets/{name}-prompts", entries=entries)
+        request = admin_service_pb2.CreatePromptSetRequest(
+            name=f"promptSets/{name}-prompts", entries=entries, prompt_count=prompts
+        )
         self.admin.CreatePromptSet(iter([request]), timeout=10)
         settings: dict[str, float] = {"prompts_per_step": prompts, "min_members": 1, **lockstep}
         spec = PoolSpec(

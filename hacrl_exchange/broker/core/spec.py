@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import replace
 
+from hacrl_exchange.broker.core.json_text import strict_json
 from hacrl_exchange.errors import InvalidPoolError
 from hacrl_exchange.types import Lockstep, PoolSpec, VerificationPlan
 
@@ -46,7 +46,7 @@ def _checked_plan(plan: VerificationPlan) -> VerificationPlan:
         _refuse("plan.verifiers[0].verifier", use.verifier, "a name of 1 to 128 characters")
     config_json = use.config_json or "{}"
     try:
-        config = json.loads(config_json)
+        config = strict_json(config_json)
     except ValueError:
         config = None
     if not isinstance(config, dict):

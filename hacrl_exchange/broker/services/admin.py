@@ -10,10 +10,11 @@ from hacrl_exchange._pb import admin_service_pb2 as pb
 from hacrl_exchange._pb import admin_service_pb2_grpc, prompt_pb2
 from hacrl_exchange.broker.broker import Broker
 from hacrl_exchange.broker.interceptors import Context
+from hacrl_exchange.broker.limits import Limits
 from hacrl_exchange.broker.prompts import PromptSet
 from hacrl_exchange.broker.services.exchange import pool_message
 from hacrl_exchange.broker.services.requests import bare_id, page
-from hacrl_exchange.errors import InvalidPromptSetError
+from hacrl_exchange.errors import InvalidPromptSetError, InvalidRequestError
 
 
 class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
@@ -25,21 +26,10 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
     async def CreatePromptSet(
         self, request_iterator: AsyncIterator[pb.CreatePromptSetRequest], context: Context
     ) -> pb.CreatePromptSetResponse:
-        name = ""
-        entries: list[prompt_pb2.PromptEntry] = []
-        size = 0
-        limit = self._broker.limits.max_prompt_set_size
-        async for request in request_iterator:
-            if not entries and not name:
-                name = bare_id(request.name, collection="promptSets", field="name")
-            size += request.ByteSize()
-            if size > limit:
-                raise InvalidPromptSetError(
-                    f"The prompt set is larger than {limit} bytes; nothing was stored. Split it.", limit=limit
-                )
-            entries.extend(request.entries)
-        if not name:
-            name = bare_id(name, collection="promptSets", field="name")
+        name, entries = await _received(request_iterator, limits=self._broker.limits)
+        remaining: float | None = context.time_remaining()
+        if context.cancelled() or (remaining is not None and remaining <= 0):
+            raise InvalidPromptSetError("The upload was given up by its client; nothing was stored.")
         stored = await asyncio.shield(self._broker.prompts.create(name, entries))
         return pb.CreatePromptSetResponse(prompt_set=_message(stored))
 
@@ -73,6 +63,67 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
                 for worker in chosen
             ],
             next_page_token=token,
+        )
+
+
+async def _received(
+    requests: AsyncIterator[pb.CreatePromptSetRequest], *, limits: Limits
+) -> tuple[str, list[prompt_pb2.PromptEntry]]:
+    """The name and every entry of an upload. A stream that breaks off just ends here; only the count tells.
+
+    Raises:
+        InvalidRequestError: the set's name is missing, malformed or contradicts itself.
+        InvalidPromptSetError: too large, or not as many entries as the first message promised.
+    """
+    first: pb.CreatePromptSetRequest | None = None
+    name = ""
+    entries: list[prompt_pb2.PromptEntry] = []
+    size = 0
+    async for request in requests:
+        if first is None:
+            first = request
+            name = bare_id(request.name, collection="promptSets", field="name")
+            _check_count(request.prompt_count, limits=limits)
+        elif request.name not in ("", first.name):
+            raise InvalidRequestError(
+                f"A later message names {request.name[:100]!r}, but the first named {first.name!r}; "
+                "nothing was stored. Use one call per prompt set.",
+                field="name",
+            )
+        size += request.ByteSize()
+        if size > limits.max_prompt_set_size:
+            raise InvalidPromptSetError(
+                f"The prompt set is larger than {limits.max_prompt_set_size} bytes; nothing was stored. "
+                "Split it.",
+                limit=limits.max_prompt_set_size,
+            )
+        entries.extend(request.entries)
+        if len(entries) > first.prompt_count:
+            break
+    if first is None:
+        raise InvalidPromptSetError("The upload ended before its first message; nothing was stored.")
+    if len(entries) != first.prompt_count:
+        came = f"more than {first.prompt_count}" if len(entries) > first.prompt_count else f"{len(entries)}"
+        raise InvalidPromptSetError(
+            f"The upload promised {first.prompt_count} prompts, but {came} came; nothing was stored. "
+            "Send the whole set again.",
+            prompt_count=first.prompt_count,
+        )
+    return name, entries
+
+
+def _check_count(prompt_count: int, *, limits: Limits) -> None:
+    if prompt_count <= 0:
+        raise InvalidPromptSetError(
+            "A prompt set needs at least one prompt, and prompt_count of the first message says how many "
+            f"will come; it is {prompt_count}. Nothing was stored.",
+            prompt_count=prompt_count,
+        )
+    if prompt_count > limits.max_prompts_per_set:
+        raise InvalidPromptSetError(
+            f"The prompt set has {prompt_count} prompts and the limit is {limits.max_prompts_per_set}; "
+            "nothing was stored. Split it.",
+            limit=limits.max_prompts_per_set,
         )
 
 
