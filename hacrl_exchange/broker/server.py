@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import ipaddress
 import logging
+import os
 import signal
+import stat
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.machinery import PathFinder
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import grpc.aio
@@ -43,8 +48,8 @@ from hacrl_exchange.errors import InvalidRequestError
 _log = logging.getLogger(__name__)
 
 _STOP_GRACE_SECONDS = 3.0
-_GATE_THREADS = 2
-_SWITCH_SECONDS = 0.0005
+_GATE_THREADS = 1
+_SWITCH_SECONDS = 0.001
 _MAX_SOCKET_PATH = 100
 """The kernel allows 107 bytes."""
 
@@ -69,9 +74,11 @@ def serve(options: ServeOptions) -> None:
 
     Raises:
         DatabaseTooNewError, DatabaseInUseError, CorruptLogError: about the data folder.
-        InvalidRequestError: the address is not loopback, or malformed.
-        OSError: the port is in use, or the folder cannot be written.
+        InvalidRequestError: the address is not loopback or malformed, or a verifier is not installed.
+        OSError: the port is in use, or the folder cannot be made or written.
     """
+    # The folder holds references that agents must never see: whatever is made in it is the user's alone.
+    os.umask(0o077)
     # A commit hands the interpreter back and forth between the writer and the event loop; at the default of
     # 5 ms each hand-over costs more than the commit itself.
     sys.setswitchinterval(_SWITCH_SECONDS)
@@ -94,7 +101,8 @@ async def _serve(options: ServeOptions) -> None:
 async def running(options: ServeOptions) -> AsyncIterator[str]:
     """A broker on the running event loop; yields its "host:port". Ends it on leaving."""
     host = _loopback_host(options.listen)
-    options.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _check_verifiers(options.verifiers)
+    _private_folder(options.folder)
     broker = await Broker.open(options.folder, limits=options.limits)
     identities = Identities()
     with contextlib.ExitStack() as stack:
@@ -183,6 +191,49 @@ def _worker_socket(folder: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="hacrl-") as short:
         yield Path(short) / "worker.sock"
+
+
+def _private_folder(folder: Path) -> None:
+    """Makes the data folder, or takes one that is there, and closes it to others."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = folder.stat()
+        # Who shares a folder that belongs to another user has decided on its mode there.
+        if status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) & 0o077:
+            folder.chmod(0o700)
+    except FileExistsError as error:
+        raise OSError(f"{folder} is a file, not a folder; choose another with --folder.") from error
+    except OSError as error:
+        raise OSError(f"{folder} cannot be made: {error.strerror}. Choose another with --folder.") from error
+
+
+def _check_verifiers(specs: tuple[str, ...]) -> None:
+    """Refuses what no local worker could load, without importing any verifier into the broker."""
+    installed = {point.name for point in entry_points(group="hacrl.verifiers")}
+    for spec in specs:
+        module, separator, attribute = spec.partition(":")
+        package = module.partition(".")[0]
+        if not separator and spec not in installed:
+            known = ", ".join(sorted(installed)) or "none"
+            raise InvalidRequestError(
+                f"No verifier {spec!r} is installed here; there are {known}. "
+                "One of your own is named package.module:attribute."
+            )
+        if separator and not (package and attribute and _is_importable(package)):
+            raise InvalidRequestError(
+                f"The verifier {spec!r} cannot be loaded: no package {package!r} is installed here."
+            )
+
+
+def _is_importable(package: str) -> bool:
+    try:
+        # A worker is run with `python -m`, so it finds what lies in the current folder too.
+        return (
+            importlib.util.find_spec(package) is not None
+            or PathFinder.find_spec(package, [str(Path.cwd())]) is not None
+        )
+    except ValueError:  # a module without a spec, such as __main__
+        return False
 
 
 def _loopback_host(listen: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,7 +104,7 @@ class Exchange:
         agent: str,
         model: ModelSpec | None = None,
         resume_after: int | None = None,
-        journal: Path | None = None,
+        journal: str | os.PathLike[str] | None = None,
     ) -> Agent:
         """Starts a session of an agent in a pool; an older session of the same agent ends at once.
 
@@ -125,7 +126,7 @@ class Exchange:
             instance=str(uuid.uuid4()),
             model=model_spec_to_proto(model or ModelSpec()),
         )
-        opened = None if journal is None else Journal(journal)
+        opened = None if journal is None else Journal(Path(journal))
         try:
             joined = self._wire.call(self._wire.exchange.JoinPool, request)
             return Agent(

@@ -219,6 +219,15 @@ def test_a_broker_says_where_it_serves_and_ends_cleanly(tmp_path: Path, number: 
     assert (process.returncode, err) == (0, "")
 
 
+def test_a_data_folder_is_closed_to_others(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir(mode=0o755)
+    with BrokerProcess(folder, workers=0):
+        modes = {path: path.stat().st_mode & 0o777 for path in (folder, *folder.iterdir())}
+
+    assert {path.name: oct(mode) for path, mode in modes.items() if mode & 0o077} == {}
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -226,9 +235,27 @@ def test_a_broker_says_where_it_serves_and_ends_cleanly(tmp_path: Path, number: 
         (["--folder", "{folder}"], "The data folder {folder} is in use by process {pid}."),
         (["--listen", "0.0.0.0:1"], "0.0.0.0 is not a loopback address."),
         (["--listen", "nowhere"], "The address must be HOST:PORT, e.g. 127.0.0.1:7447; it is 'nowhere'."),
-        (["--folder", "{file}"], "File exists: {file}"),
+        (["--folder", "{file}"], "{file} is a file, not a folder; choose another with --folder."),
+        (["--folder", "/proc/data"], "/proc/data cannot be made: No such file or directory. Choose another"),
+        (
+            ["--verifier", "nonsense"],
+            "No verifier 'nonsense' is installed here; there are boxed, exact_match,",
+        ),
+        (
+            ["--verifier", "no_such_package.judge:sums"],
+            "The verifier 'no_such_package.judge:sums' cannot be loaded: no package 'no_such_package' is",
+        ),
     ],
-    ids=["port in use", "folder in use", "open to the world", "no port", "not a folder"],
+    ids=[
+        "port in use",
+        "folder in use",
+        "open to the world",
+        "no port",
+        "not a folder",
+        "impossible folder",
+        "unknown verifier",
+        "unknown package",
+    ],
 )
 def test_a_broker_that_cannot_start_says_so_in_a_sentence(
     tmp_path: Path, arguments: list[str], sentence: str

@@ -190,7 +190,7 @@ def test_a_new_life_goes_on_with_what_the_old_one_published(target: str, tmp_pat
     def run(resume_after: int, publish_at_most: int) -> Iterator[JointBatch]:
         with (
             connect(target) as exchange,
-            exchange.join("math", agent="lab-a", resume_after=resume_after, journal=journal) as agent,
+            exchange.join("math", agent="lab-a", resume_after=resume_after, journal=str(journal)) as agent,
         ):
             for step in agent.steps():
                 missing = step.missing[:publish_at_most]
