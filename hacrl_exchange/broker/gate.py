@@ -17,6 +17,8 @@ import numpy.typing as npt
 
 from hacrl_exchange._pb import rollout_pb2
 from hacrl_exchange._pb.rollout_pb2 import (
+    ELEMENT_TYPE_U32,
+    ELEMENT_TYPE_U32_SPLIT,
     FINISH_REASON_LENGTH,
     FINISH_REASON_STOP,
     LOGPROB_ORIGIN_SAMPLER,
@@ -27,7 +29,7 @@ from hacrl_exchange._pb.rollout_pb2 import (
     PART_KIND_TOKENS,
 )
 from hacrl_exchange.broker.limits import Limits
-from hacrl_exchange.codec import decode_part, group_digest
+from hacrl_exchange.codec import check_stated_size, decode_part, group_digest
 from hacrl_exchange.codec.bodies import logprob_sum_tolerance, metadata_of, numbers_of, texts_of
 from hacrl_exchange.errors import (
     CountMismatchError,
@@ -45,6 +47,8 @@ _ROLLOUT_BYTES = 64
 _LEAST_LOGPROB = -1e6
 """Per token; no engine's log-softmax goes there."""
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+_TOKEN_TYPES = (ELEMENT_TYPE_U32, ELEMENT_TYPE_U32_SPLIT)
+_TOKEN_BYTES = 4
 _KINDS = (PART_KIND_TEXT, PART_KIND_TOKENS, PART_KIND_LOGPROBS, PART_KIND_META)
 
 
@@ -80,6 +84,7 @@ def check_group(
     _check_rollouts(envelope, min(max_tokens or limits.max_tokens, limits.max_tokens))
     _check_part_headers(group, limits)
     for info, stored in zip(envelope.parts, group.parts, strict=True):
+        check_stated_size(info, envelope)
         cap = limits.max_meta_size if info.kind == PART_KIND_META else limits.max_part_decoded_size
         decoded = decode_part(info, stored, max_decoded=cap)
         _check_body(envelope, info, decoded)
@@ -189,11 +194,28 @@ def _check_body(envelope: rollout_pb2.Envelope, info: rollout_pb2.PartInfo, deco
                 raise CountMismatchError(f"Rollout {index} is terminal-only and yet has text.", rollout=index)
     elif info.kind == PART_KIND_META:
         metadata_of((info, decoded), len(rollouts))
+    elif info.kind == PART_KIND_TOKENS:
+        _check_tokens(envelope, info, decoded)
     else:
         ends = list(accumulate(rollout.token_count for rollout in rollouts))
         values = numbers_of((info, decoded), ends)
-        if info.kind == PART_KIND_LOGPROBS and values is not None:
+        if values is not None:
             _check_logprobs(envelope, info, values.astype(np.float64), ends)
+
+
+def _check_tokens(envelope: rollout_pb2.Envelope, info: rollout_pb2.PartInfo, decoded: bytes) -> None:
+    """Any u32 is an id, so their number is all there is to check."""
+    if info.element_type not in _TOKEN_TYPES:
+        raise UnsupportedEncodingError(
+            f"This server does not read token ids of element type {info.element_type}.",
+            element_type=info.element_type,
+        )
+    stated = sum(rollout.token_count for rollout in envelope.rollouts)
+    if len(decoded) != stated * _TOKEN_BYTES:
+        raise CountMismatchError(
+            f"The tokens part holds {len(decoded) / _TOKEN_BYTES:g} ids for {stated} stated tokens.",
+            tokens=stated,
+        )
 
 
 def _check_logprobs(

@@ -14,7 +14,6 @@ import logging
 import os
 import signal
 import stat
-import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -48,8 +47,8 @@ from hacrl_exchange.errors import InvalidRequestError
 _log = logging.getLogger(__name__)
 
 _STOP_GRACE_SECONDS = 3.0
-_GATE_THREADS = 1
-_SWITCH_SECONDS = 0.001
+_GATE_THREADS = max(1, min(4, (os.cpu_count() or 1) // 2))
+"""Checking runs outside the interpreter lock for the most part; the other cores are the log's and gRPC's."""
 _MAX_SOCKET_PATH = 100
 """The kernel allows 107 bytes."""
 
@@ -79,9 +78,6 @@ def serve(options: ServeOptions) -> None:
     """
     # The folder holds references that agents must never see: whatever is made in it is the user's alone.
     os.umask(0o077)
-    # A commit hands the interpreter back and forth between the writer and the event loop; at the default of
-    # 5 ms each hand-over costs more than the commit itself.
-    sys.setswitchinterval(_SWITCH_SECONDS)
     asyncio.run(_serve(options))
 
 

@@ -6,7 +6,13 @@ spells names.
 """
 
 from hacrl_exchange.codec.bodies import LogprobDtype, logprob_sum_tolerance, max_decoded_size, max_text_size
-from hacrl_exchange.codec.groups import decode_group, decode_verified_group, encode_group, group_digest
+from hacrl_exchange.codec.groups import (
+    check_stated_size,
+    decode_group,
+    decode_verified_group,
+    encode_group,
+    group_digest,
+)
 from hacrl_exchange.codec.messages import (
     duration_from_proto,
     duration_to_proto,
@@ -49,6 +55,7 @@ __all__ = [
     "MAX_DECODED_SIZE",
     "LogprobDtype",
     "agent_name",
+    "check_stated_size",
     "decode_group",
     "decode_part",
     "decode_verified_group",

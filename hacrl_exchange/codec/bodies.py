@@ -41,7 +41,8 @@ _DTYPES: Final[dict[int, np.dtype[Any]]] = {
 }
 MAX_META_SIZE: Final = 64 << 10
 """Decoded bytes of a metadata part at most."""
-_TEXT_BYTES_PER_TOKEN: Final = 64
+# Some vocabularies have tokens of 128 blanks.
+_TEXT_BYTES_PER_TOKEN: Final = 256
 _TEXT_BYTES_FREE: Final = 1024
 # Two tags of a byte and two lengths of at most five bytes.
 _TEXT_FRAMING: Final = 12

@@ -246,13 +246,18 @@ def _decoded_parts(group: pb.Group, max_decoded: int) -> dict[int, tuple[pb.Part
     bodies = {}
     for kind, stored in zip(kinds, group.parts, strict=True):
         if kind in _KNOWN_KINDS:  # a newer kind is skipped
-            _check_size(infos[kind], group.envelope)
+            check_stated_size(infos[kind], group.envelope)
             bodies[int(kind)] = (infos[kind], decode_part(infos[kind], stored, max_decoded=max_decoded))
     return bodies
 
 
-def _check_size(info: pb.PartInfo, envelope: pb.Envelope) -> None:
-    """Refuses a part that states more than its envelope's counts allow, before it takes the memory."""
+def check_stated_size(info: pb.PartInfo, envelope: pb.Envelope) -> None:
+    """Refuses a part that states more than its envelope's counts allow, before it takes the memory.
+
+    Raises:
+        CountMismatchError: token ids or log-probs for more tokens than stated.
+        PartTooLargeError: text or metadata beyond what so many tokens can be.
+    """
     limit = max_decoded_size(info, envelope)
     if info.decoded_size <= limit:
         return

@@ -88,7 +88,7 @@ def stored_size_lies(group: rollout_pb2.Group) -> None:
 
 
 def decoded_size_lies(group: rollout_pb2.Group) -> None:
-    group.envelope.parts[TOKENS].decoded_size += 4
+    group.envelope.parts[TEXT].decoded_size += 1
 
 
 def zip_bomb(group: rollout_pb2.Group) -> None:
@@ -101,6 +101,18 @@ def zip_bomb(group: rollout_pb2.Group) -> None:
     info.stored_size, info.decoded_size = len(stored), 100
     info.sha256 = hashlib.sha256(stored).digest()
     group.parts[TEXT] = stored
+
+
+def text_bomb(group: rollout_pb2.Group) -> None:
+    """A truthful megabyte of blanks in a kilobyte, said to be six tokens."""
+    body = rollout_pb2.TextBody(rollouts=[rollout_pb2.RolloutText(text=" " * (1 << 19))] * 2)
+    replace_part(group, TEXT, body.SerializeToString())
+
+
+def text_with_ballast(group: rollout_pb2.Group) -> None:
+    """Honest texts and a field that nobody knows."""
+    body = rollout_pb2.TextBody(rollouts=[rollout_pb2.RolloutText(text="x")] * 2).SerializeToString()
+    replace_part(group, TEXT, body + b"\xfa\x7f" + b"\x80\x80\x04" + bytes(1 << 16))
 
 
 def decoded_size_over_the_limit(group: rollout_pb2.Group) -> None:
@@ -186,6 +198,8 @@ CASES: dict[Callable[[rollout_pb2.Group], None], str] = {
     stored_size_lies: "SIZE_MISMATCH",
     decoded_size_lies: "SIZE_MISMATCH",
     zip_bomb: "PART_UNDECODABLE",
+    text_bomb: "PART_TOO_LARGE",
+    text_with_ballast: "PART_TOO_LARGE",
     decoded_size_over_the_limit: "PART_TOO_LARGE",
     part_over_the_limit: "PART_TOO_LARGE",
     not_zstd: "PART_UNDECODABLE",

@@ -347,7 +347,7 @@ def test_a_part_beyond_what_its_counts_allow_is_refused_before_it_is_decoded(
 def test_a_text_has_64_bytes_a_token_and_1024_more() -> None:
     envelope = pb.Envelope(rollouts=[pb.RolloutInfo(token_count=3), pb.RolloutInfo(token_count=-1)])
 
-    assert codec.max_text_size(3) == 3 * 64 + 1024
+    assert codec.max_text_size(3) == 3 * 256 + 1024
     largest = pb.TextBody(rollouts=[pb.RolloutText(text="x" * codec.max_text_size(n)) for n in (3, -1)])
     info = pb.PartInfo(kind=pb.PART_KIND_TEXT)
     assert 0 <= codec.max_decoded_size(info, envelope) - largest.ByteSize() < 24
