@@ -112,6 +112,13 @@ class NotJoinedError(ExchangeError):
     reason = "NOT_JOINED"
 
 
+class PoolFullError(ExchangeError):
+    """The pool has as many members as it may ever have. Join as one of them, or make another pool."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "POOL_FULL"
+
+
 class SessionSupersededError(ExchangeError):
     """A newer process of the same agent joined. This one must stop."""
 

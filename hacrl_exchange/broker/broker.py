@@ -9,8 +9,9 @@ import asyncio
 import logging
 from pathlib import Path
 
+from hacrl_exchange import codec
 from hacrl_exchange.broker.core.records import CreatePool
-from hacrl_exchange.broker.core.spec import checked_spec
+from hacrl_exchange.broker.core.spec import MAX_MEMBERS, checked_spec
 from hacrl_exchange.broker.core.state import PoolState
 from hacrl_exchange.broker.desk import VerificationDesk
 from hacrl_exchange.broker.history import History
@@ -20,10 +21,16 @@ from hacrl_exchange.broker.prompts import PromptSet, PromptStore
 from hacrl_exchange.broker.recovery import fold_stream
 from hacrl_exchange.broker.runtime import PoolRuntime
 from hacrl_exchange.broker.sqlite_log import open_sqlite_log
-from hacrl_exchange.errors import BrokerStoppingError, PoolExistsError, PoolNotFoundError
+from hacrl_exchange.errors import BrokerStoppingError, InvalidPoolError, PoolExistsError, PoolNotFoundError
 from hacrl_exchange.types import PoolSpec
 
 _log = logging.getLogger(__name__)
+
+_ROSTER_SIZE = MAX_MEMBERS * (63 + 2) + 256
+"""Bytes of a full roster of the longest names, and a step's own fields."""
+
+_JOIN_SIZE = 4096
+"""Bytes of what else JoinPool answers: the member, its model, names."""
 
 
 class Pool:
@@ -90,11 +97,11 @@ class Broker:
         Raises:
             PromptSetNotFoundError, InvalidPoolError, PoolExistsError, LogFailedError: as their names say.
         """
-        if self._stopping:
-            raise BrokerStoppingError("The broker is shutting down; retry, it may be back soon.")
         prompts = self.prompts.get(spec.prompt_set)
         spec = checked_spec(spec, prompt_count=len(prompts.entries))
         async with self._creating:
+            if self._stopping:
+                raise BrokerStoppingError("The broker is shutting down; retry, it may be back soon.")
             existing = self._pools.get(name)
             if existing is not None and existing.runtime.state.spec == spec:
                 return existing
@@ -103,17 +110,25 @@ class Broker:
                     f"Pool {name} exists with another spec; pools are immutable, choose another name.",
                     pool=name,
                 )
-            position = await asyncio.to_thread(self._log.recover, name)
-            runtime = self._runtime(name, None, position, prompts)
-            await runtime.submit(CreatePool(pool=name, spec=spec, prompt_count=len(prompts.entries)))
+            await self._check_steps_fit(spec, prompts)
+            await asyncio.to_thread(self._log.recover, name)
+            # Usually empty; after a creation whose outcome was lost it may hold the pool already.
+            state, position = await asyncio.to_thread(fold_stream, self._log, name)
+            runtime = self._runtime(name, state, position, prompts)
+            try:
+                await runtime.submit(CreatePool(pool=name, spec=spec, prompt_count=len(prompts.entries)))
+            except BaseException:
+                await runtime.stop()  # nobody else knows of it
+                raise
             return self._admit(name, runtime, prompts)
 
     async def refuse(self) -> None:
         """Answers waiters and new calls with BROKER_STOPPING, and ends the deadlines."""
         self._stopping = True
         await self.desk.stop()
-        for pool in self._pools.values():
-            await pool.runtime.stop()
+        async with self._creating:  # a pool that is being created is there, or is not, before all stop
+            for pool in list(self._pools.values()):
+                await pool.runtime.stop()
 
     async def stop(self) -> None:
         """Refuses what comes, and closes the log."""
@@ -127,7 +142,30 @@ class Broker:
         prompts = self.prompts.get(state.spec.prompt_set)
         runtime = self._runtime(stream, state, position, prompts)
         self._admit(stream, runtime, prompts)
-        self.desk.reset_pool(runtime)
+
+    async def _check_steps_fit(self, spec: PoolSpec, prompts: PromptSet) -> None:
+        """JoinPool answers with every open step in one message, prompts and rosters and all."""
+        lockstep = spec.lockstep
+        step_size = await asyncio.to_thread(prompts.step_size, lockstep.prompts_per_step)
+        other_size = codec.pool_spec_to_proto(spec).ByteSize() + _JOIN_SIZE
+        size = lockstep.max_open_steps * (step_size + _ROSTER_SIZE) + other_size
+        if size > self.limits.max_message_size:
+            raise InvalidPoolError(
+                f"{lockstep.max_open_steps} open steps of {lockstep.prompts_per_step} prompts may take "
+                f"{size} bytes with their rosters, but must fit into one message of "
+                f"{self.limits.max_message_size}: choose fewer prompts per step, fewer open "
+                "steps or shorter prompts.",
+                field="lockstep.prompts_per_step",
+                value=lockstep.prompts_per_step,
+                size=size,
+                limit=self.limits.max_message_size,
+            )
+
+    def _reset(self, runtime: PoolRuntime) -> None:
+        """After a fold. A pool whose creation failed is nobody's: it has no state and nothing to verify."""
+        pool = self._pools.get(runtime.name)
+        if pool is not None and pool.runtime is runtime:
+            self.desk.reset_pool(runtime)
 
     def _runtime(self, name: str, state: PoolState | None, position: int, prompts: PromptSet) -> PoolRuntime:
         return PoolRuntime(
@@ -137,7 +175,7 @@ class Broker:
             position,
             prompt_ids=prompts.prompt_ids,
             on_accepted=self.desk.add,
-            on_reset=self.desk.reset_pool,
+            on_reset=self._reset,
             on_closed=self.desk.step_closed,
             verifier_alive=self.desk.verifier_alive,
         )
@@ -145,6 +183,7 @@ class Broker:
     def _admit(self, name: str, runtime: PoolRuntime, prompts: PromptSet) -> Pool:
         pool = Pool(runtime, History(self._log, name), prompts)
         self._pools[name] = pool
+        self.desk.reset_pool(runtime)
         runtime.start()
         _log.info("pool %s is open", name)
         return pool

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import heapq
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from hacrl_exchange.errors import (
     PromptSetExistsError,
     PromptSetNotFoundError,
 )
+
+_FRAMING = 8
+"""Tags and lengths around a prompt, and around its id, in a message."""
 
 _SLICE = 4096
 """Entries packed in one go; a set of more waits for the one before it."""
@@ -41,6 +45,16 @@ class PromptSet:
     def prompt(self, prompt_id: str) -> prompt_pb2.Prompt:
         """The public part of a prompt."""
         return self.entries[prompt_id].prompt
+
+    def step_size(self, prompt_count: int) -> int:
+        """Bytes that a step of so many of the largest prompts takes in a message, each prompt's id once
+        more for what is committed. Takes a while for a large set: run it in a thread.
+        """
+        sizes = (
+            entry.prompt.ByteSize() + len(prompt_id.encode()) + _FRAMING
+            for prompt_id, entry in self.entries.items()
+        )
+        return sum(heapq.nlargest(prompt_count, sizes))
 
 
 class PromptStore:

@@ -49,6 +49,8 @@ class WorkerInfo:
     principal: str
     verifiers: tuple[str, ...]
     leased_group_count: int
+    needs_tokens: frozenset[str] = frozenset()
+    """The verifiers that want token ids beside the text."""
 
 
 @dataclass(frozen=True, slots=True)

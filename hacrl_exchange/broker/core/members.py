@@ -12,12 +12,13 @@ from hacrl_exchange.broker.core.records import (
     StepAcked,
     Touch,
 )
-from hacrl_exchange.broker.core.spec import NAME
+from hacrl_exchange.broker.core.spec import MAX_MEMBERS, NAME
 from hacrl_exchange.broker.core.state import Member, PoolState
 from hacrl_exchange.errors import (
     AgentTakenError,
     InvalidRequestError,
     NotJoinedError,
+    PoolFullError,
     SessionSupersededError,
 )
 from hacrl_exchange.types import MemberState
@@ -30,6 +31,7 @@ def decide_join(state: PoolState, command: Join) -> MemberJoined | MemberReturne
 
     Raises:
         AgentTakenError: another principal owns the agent.
+        PoolFullError: the agent is new and the pool takes no more.
         InvalidRequestError: the agent's or the instance's name is malformed.
     """
     if not NAME.fullmatch(command.agent):
@@ -44,6 +46,13 @@ def decide_join(state: PoolState, command: Join) -> MemberJoined | MemberReturne
         )
     member = state.members.get(command.agent)
     if member is None:
+        if len(state.members) >= MAX_MEMBERS:
+            raise PoolFullError(
+                f"Pool {state.pool} has {MAX_MEMBERS} members, the most a pool may ever have: "
+                "join as one of them, or make another pool.",
+                pool=state.pool,
+                limit=MAX_MEMBERS,
+            )
         return MemberJoined(command.agent, command.principal, 1, command.instance, command.model)
     if member.principal != command.principal:
         raise AgentTakenError(

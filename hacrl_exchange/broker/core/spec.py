@@ -11,6 +11,9 @@ from hacrl_exchange.errors import InvalidPoolError
 from hacrl_exchange.types import Lockstep, PoolSpec, VerificationPlan
 
 NAME = re.compile(r"[a-z0-9-]{1,63}")
+MAX_MEMBERS = 1024
+"""Agents that may ever join one pool: rosters, manifests and snapshots stay bounded."""
+
 MAX_TIMEOUT_SECONDS = 30 * 24 * 3600.0
 MAX_ITEM_TIMEOUT_SECONDS = 3600.0
 _INT64 = 2**63
@@ -77,7 +80,7 @@ def _checked_lockstep(lockstep: Lockstep, *, prompt_count: int) -> Lockstep:
         )
     min_members = lockstep.min_members or 2
     max_open_steps = lockstep.max_open_steps or 1
-    _check_range("lockstep.min_members", min_members, 1, 10_000)
+    _check_range("lockstep.min_members", min_members, 1, MAX_MEMBERS)
     _check_range("lockstep.max_open_steps", max_open_steps, 1, 64)
     _check_range("lockstep.max_steps", lockstep.max_steps, 0, _INT64 - 1)
     return replace(

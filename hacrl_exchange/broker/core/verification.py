@@ -8,8 +8,9 @@ time, and only has to be fair and to make progress. Times are seconds of one mon
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from hacrl_exchange.broker.core.leases import (
     Failed,
@@ -19,7 +20,8 @@ from hacrl_exchange.broker.core.leases import (
     WorkerInfo,
     pending_groups,
 )
-from hacrl_exchange.errors import LeaseExpiredError, WorkerNotFoundError
+from hacrl_exchange.broker.core.workers import Worker, Workers
+from hacrl_exchange.errors import LeaseExpiredError
 
 __all__ = [
     "Failed",
@@ -50,16 +52,7 @@ class _Lease:
     expires_at: float
     granted_count: int
     items: dict[GroupRef, _Item]
-
-
-@dataclass(slots=True)
-class _Worker:
-    identity: str
-    principal: str
-    verifiers: tuple[str, ...]
-    last_seen: float
-    open_waits: int = 0
-    leases: dict[str, None] = field(default_factory=dict)
+    ends_at: float = math.inf
 
 
 class VerificationQueue:
@@ -70,6 +63,7 @@ class VerificationQueue:
     several, nobody knows which one did it: they are retried singly, and no attempt is charged. If it held
     one, an attempt is charged, and at `max_attempts` the group is exhausted. Every operation costs
     O(log n) per group it touches; queues are many heaps whose dead entries are skipped when they surface.
+    So it is with the times: a lease or a worker has one entry, which moves on when it surfaces too early.
     """
 
     def __init__(self, *, lease_seconds: float) -> None:
@@ -80,7 +74,7 @@ class VerificationQueue:
         self._queues: dict[str, dict[str, list[tuple[int, int, GroupRef]]]] = {}
         self._leases: dict[str, _Lease] = {}
         self._expiries: list[tuple[float, str]] = []
-        self._workers: dict[str, _Worker] = {}
+        self._workers = Workers(silent_seconds=SILENT_LEASES * lease_seconds)
         self._leased_count = 0
 
     def __repr__(self) -> str:
@@ -93,13 +87,19 @@ class VerificationQueue:
     # --- workers -----------------------------------------------------------------------------------
 
     def register(
-        self, worker_id: str, *, identity: str, verifiers: Iterable[str], principal: str, now: float
+        self,
+        worker_id: str,
+        *,
+        identity: str,
+        verifiers: Iterable[str],
+        principal: str,
+        now: float,
+        needs_tokens: Iterable[str] = (),
     ) -> None:
         """Introduces a worker under an id that the caller made up; the same id again keeps its leases."""
-        worker = self._workers.get(worker_id)
-        leases = worker.leases if worker else {}
-        open_waits = worker.open_waits if worker else 0
-        self._workers[worker_id] = _Worker(identity, principal, tuple(verifiers), now, open_waits, leases)
+        self._workers.register(
+            worker_id, Worker(identity, principal, tuple(verifiers), now, frozenset(needs_tokens))
+        )
 
     def touch(self, worker_id: str, *, now: float) -> None:
         """Notes a call of a worker.
@@ -107,7 +107,7 @@ class VerificationQueue:
         Raises:
             WorkerNotFoundError: the worker is not registered, or was dropped.
         """
-        self._worker(worker_id).last_seen = now
+        self._workers.get(worker_id).last_seen = now
 
     def begin_wait(self, worker_id: str, *, now: float) -> None:
         """A long poll of the worker is open: it is alive until `end_wait`.
@@ -115,20 +115,15 @@ class VerificationQueue:
         Raises:
             WorkerNotFoundError: as `touch`.
         """
-        worker = self._worker(worker_id)
-        worker.last_seen = now
-        worker.open_waits += 1
+        self._workers.begin_wait(worker_id, now=now)
 
     def end_wait(self, worker_id: str, *, now: float) -> None:
         """The long poll ended. A worker that is gone by now is no error."""
-        worker = self._workers.get(worker_id)
-        if worker is not None:
-            worker.last_seen = now
-            worker.open_waits -= 1
+        self._workers.end_wait(worker_id, now=now)
 
     def release_worker(self, worker_id: str) -> Failed:
         """Drops a worker whose process is gone; its leases fail at once. Unknown workers are no error."""
-        worker = self._workers.pop(worker_id, None)
+        worker = self._workers.drop(worker_id)
         if worker is None:
             return Failed()
         returned: list[GroupRef] = []
@@ -139,7 +134,7 @@ class VerificationQueue:
 
     def workers(self) -> tuple[WorkerInfo, ...]:
         """The registered workers by id."""
-        return tuple(self.worker(worker_id) for worker_id in sorted(self._workers))
+        return tuple(self.worker(worker_id) for worker_id in self._workers.ids())
 
     def worker(self, worker_id: str) -> WorkerInfo:
         """One registered worker.
@@ -147,16 +142,15 @@ class VerificationQueue:
         Raises:
             WorkerNotFoundError: as `touch`.
         """
-        worker = self._worker(worker_id)
+        worker = self._workers.get(worker_id)
         leased = sum(len(self._leases[lease_id].items) for lease_id in worker.leases)
-        return WorkerInfo(worker_id, worker.identity, worker.principal, worker.verifiers, leased)
+        return WorkerInfo(
+            worker_id, worker.identity, worker.principal, worker.verifiers, leased, worker.needs_tokens
+        )
 
     def verifier_alive(self, verifier: str, *, now: float) -> bool:
         """Some worker that is not silent offers the verifier."""
-        return any(
-            verifier in worker.verifiers and not self._is_silent(worker, now=now)
-            for worker in self._workers.values()
-        )
+        return self._workers.any_offers(verifier, now=now)
 
     # --- groups ------------------------------------------------------------------------------------
 
@@ -186,7 +180,7 @@ class VerificationQueue:
         Raises:
             WorkerNotFoundError: as `touch`.
         """
-        worker = self._worker(worker_id)
+        worker = self._workers.get(worker_id)
         worker.last_seen = now
         taken: dict[GroupRef, _Item] = {}
         while len(taken) < max_groups:
@@ -211,13 +205,13 @@ class VerificationQueue:
         return Lease(lease_id, worker_id, expires_at, tuple(taken))
 
     def renew(self, worker_id: str, lease_id: str, *, now: float) -> float:
-        """Extends a lease of the worker; the time it now runs out.
+        """Extends a lease of the worker, up to its end; the time it now runs out.
 
         Raises:
             WorkerNotFoundError: as `touch`.
             LeaseExpiredError: the lease ran out, or nothing of it is left to do.
         """
-        self._worker(worker_id).last_seen = now
+        self._workers.get(worker_id).last_seen = now
         lease = self._leases.get(lease_id)
         if lease is None or lease.worker_id != worker_id:
             raise LeaseExpiredError(
@@ -225,9 +219,14 @@ class VerificationQueue:
                 lease=lease_id,
                 worker=worker_id,
             )
-        lease.expires_at = now + self.lease_seconds
-        heapq.heappush(self._expiries, (lease.expires_at, lease_id))
+        lease.expires_at = min(now + self.lease_seconds, lease.ends_at)
         return lease.expires_at
+
+    def bound(self, lease_id: str, *, ends_at: float) -> None:
+        """Sets a time, at least a lease time from now, beyond which a lease cannot be renewed."""
+        lease = self._leases.get(lease_id)
+        if lease is not None:
+            lease.ends_at = ends_at
 
     def finish(self, ref: GroupRef) -> bool:
         """Forgets a group that has its verdicts, wherever it is; False if it was not here."""
@@ -242,10 +241,13 @@ class VerificationQueue:
             self._take_out(item)
         return True
 
-    def put_back(self, ref: GroupRef) -> None:
-        """A leased group was not worked on after all: it waits in its old place, attempts as before."""
+    def put_back(self, ref: GroupRef, *, lease_id: str = "") -> None:
+        """A leased group was not worked on after all: it waits in its old place, attempts as before.
+
+        With `lease_id`, only if it is that lease that holds it.
+        """
         item = self._items.get(ref)
-        if item is not None and item.lease_id:
+        if item is not None and item.lease_id and lease_id in ("", item.lease_id):
             self._leases[item.lease_id].granted_count -= 1
             self._take_out(item)
             self._push(item)
@@ -266,33 +268,20 @@ class VerificationQueue:
         """Fails the leases that ran out and drops the workers that are silent."""
         returned: list[GroupRef] = []
         exhausted: list[GroupRef] = []
-        while self._expiries and self._expiries[0][0] <= now:
-            expires_at, lease_id = heapq.heappop(self._expiries)
-            lease = self._leases.get(lease_id)
-            if lease is not None and lease.expires_at == expires_at:
-                self._fail(lease_id, returned, exhausted)
-        dropped = [
-            worker_id for worker_id, worker in self._workers.items() if self._is_silent(worker, now=now)
-        ]
-        for worker_id in dropped:
-            failed = self.release_worker(worker_id)
+        while (lease := self._next_lease()) is not None and lease[0] <= now:
+            self._fail(lease[1], returned, exhausted)
+        dropped: list[str] = []
+        while (silence := self._workers.next_silence()) is not None and silence[0] <= now:
+            failed = self.release_worker(silence[1])
+            dropped.append(silence[1])
             returned.extend(failed.returned)
             exhausted.extend(failed.exhausted)
         return Failed(tuple(returned), tuple(exhausted), tuple(dropped))
 
     def next_expiry(self) -> float | None:
         """When `expire` has something to do, if nothing else happens before."""
-        while self._expiries:
-            expires_at, lease_id = self._expiries[0]
-            lease = self._leases.get(lease_id)
-            if lease is not None and lease.expires_at == expires_at:
-                break
-            heapq.heappop(self._expiries)
-        silence = SILENT_LEASES * self.lease_seconds
-        times = [worker.last_seen + silence for worker in self._workers.values() if not worker.open_waits]
-        if self._expiries:
-            times.append(self._expiries[0][0])
-        return min(times, default=None)
+        entries = (self._next_lease(), self._workers.next_silence())
+        return min((entry[0] for entry in entries if entry is not None), default=None)
 
     def statistics(self) -> Statistics:
         """How many groups wait and are leased, under how many leases and workers."""
@@ -305,17 +294,18 @@ class VerificationQueue:
 
     # --- inside ------------------------------------------------------------------------------------
 
-    def _worker(self, worker_id: str) -> _Worker:
-        worker = self._workers.get(worker_id)
-        if worker is None:
-            raise WorkerNotFoundError(
-                f"The broker does not know worker {worker_id}: register again.", worker=worker_id
-            )
-        return worker
-
-    def _is_silent(self, worker: _Worker, *, now: float) -> bool:
-        silent_seconds = now - worker.last_seen
-        return not worker.open_waits and silent_seconds >= SILENT_LEASES * self.lease_seconds
+    def _next_lease(self) -> tuple[float, str] | None:
+        """The lease that runs out first, and when."""
+        while self._expiries:
+            at, lease_id = self._expiries[0]
+            lease = self._leases.get(lease_id)
+            if lease is None:
+                heapq.heappop(self._expiries)
+            elif lease.expires_at == at:
+                return at, lease_id
+            else:
+                heapq.heapreplace(self._expiries, (lease.expires_at, lease_id))
+        return None
 
     def _push(self, item: _Item) -> None:
         pools = self._queues.setdefault(item.ref.verifier, {})
@@ -366,7 +356,7 @@ class VerificationQueue:
 
     def _drop_lease(self, lease_id: str) -> _Lease:
         lease = self._leases.pop(lease_id)
-        worker = self._workers.get(lease.worker_id)
+        worker = self._workers.find(lease.worker_id)
         if worker is not None:
             del worker.leases[lease_id]
         return lease

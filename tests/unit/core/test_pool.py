@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hacrl_exchange.broker.core import records as r
-from hacrl_exchange.broker.core import timers
+from hacrl_exchange.broker.core import spec, timers
 from hacrl_exchange.broker.core.pool import decide, evolve
 from hacrl_exchange.errors import (
     AgentTakenError,
@@ -25,6 +25,7 @@ from hacrl_exchange.errors import (
     NotOnRosterError,
     PoolEndedError,
     PoolExistsError,
+    PoolFullError,
     PoolNotFoundError,
     SessionSupersededError,
     SlotTakenError,
@@ -112,6 +113,22 @@ def test_another_principal_cannot_take_an_agent(world: World) -> None:
         AgentTakenError,
         "The agent a of pool sums belongs to another principal: choose another name.",
     )
+
+
+def test_a_full_pool_takes_no_new_agent_but_lets_its_members_come_back(world: World) -> None:
+    for index in range(spec.MAX_MEMBERS - len(world.state.members)):
+        world.join(f"m{index}")
+    refused(
+        world,
+        r.Join("one-more", "local", "x", ModelSpec()),
+        PoolFullError,
+        "Pool sums has 1024 members, the most a pool may ever have: "
+        "join as one of them, or make another pool.",
+    )
+    world.send(r.Leave("m0", 1))
+    with pytest.raises(PoolFullError):
+        world.send(r.Join("one-more", "local", "x", ModelSpec()))
+    assert world.join("m0", instance="another life") == 2
 
 
 @pytest.mark.parametrize(
