@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -17,8 +18,10 @@ from typing import TYPE_CHECKING
 
 from hacrl_exchange.broker.core.records import GroupAccepted, RecordVerdicts
 from hacrl_exchange.broker.core.verification import (
+    SILENT_LEASES,
     Failed,
     GroupRef,
+    Lease,
     VerificationQueue,
     WorkerInfo,
     pending_groups,
@@ -27,7 +30,14 @@ from hacrl_exchange.broker.history import GroupAt
 from hacrl_exchange.broker.interceptors import LOCAL_PRINCIPAL, WORKER_PRINCIPAL
 from hacrl_exchange.broker.limits import Limits
 from hacrl_exchange.broker.runtime import PoolRuntime
-from hacrl_exchange.errors import AlreadyVerifiedError, BrokerStoppingError, ExchangeError, StepClosedError
+from hacrl_exchange.errors import (
+    AlreadyVerifiedError,
+    BrokerStoppingError,
+    ExchangeError,
+    OverloadedError,
+    StepClosedError,
+    WorkerNotFoundError,
+)
 from hacrl_exchange.types import Unscored, UnscoredKind, VerdictReason
 
 if TYPE_CHECKING:
@@ -37,6 +47,7 @@ _log = logging.getLogger(__name__)
 
 GENERATION = 1
 """Every group's first verification."""
+_PAUSE_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +67,8 @@ class VerificationDesk:
         self._queue = VerificationQueue(lease_seconds=limits.lease_timeout_seconds)
         self._at: dict[tuple[str, int], dict[tuple[int, int], GroupAt]] = {}
         self._work = asyncio.Event()
+        self._waiter_count = 0
+        self._wakes_at = 0.0
         self._poke = asyncio.Event()
         self._stopping = False
         self._keeper: asyncio.Task[None] | None = None
@@ -103,13 +116,31 @@ class VerificationDesk:
 
     # --- the workers' side ---------------------------------------------------------------------
 
-    def register(self, *, identity: str, verifiers: Sequence[str], principal: str) -> str:
-        """Introduces a worker; the id it carries from now on."""
+    def register(
+        self, *, identity: str, verifiers: Sequence[str], principal: str, needs_tokens: Sequence[str] = ()
+    ) -> str:
+        """Introduces a worker; the id it carries from now on.
+
+        Raises:
+            OverloadedError: there are as many workers as the broker takes.
+        """
+        limit = self._limits.max_workers
+        if self._queue.statistics().worker_count >= limit:
+            raise OverloadedError(
+                f"The broker has {limit} workers and takes no more; stop some, or retry when silent ones "
+                "are dropped.",
+                retry_seconds=self._limits.lease_timeout_seconds,
+            )
         worker_id = uuid.uuid4().hex
         self._queue.register(
-            worker_id, identity=identity, verifiers=verifiers, principal=principal, now=time.monotonic()
+            worker_id,
+            identity=identity,
+            verifiers=verifiers,
+            principal=principal,
+            now=time.monotonic(),
+            needs_tokens=needs_tokens,
         )
-        self._poke.set()
+        self._look_by(SILENT_LEASES * self._limits.lease_timeout_seconds)
         _log.info("worker %s offers %s", identity, ", ".join(verifiers))
         return worker_id
 
@@ -133,20 +164,27 @@ class VerificationDesk:
                     excluded_pools=self._excluded_pools(worker_id),
                 )
                 if lease is not None:
-                    self._poke.set()
-                    groups = [(ref, at) for ref in lease.items if (at := await self._find(ref)) is not None]
-                    return LeasedWork(lease.lease_id, tuple(groups))
+                    self._look_by(self._limits.lease_timeout_seconds)
+                    work = await self._located(lease)
+                    if work.groups:
+                        return work
+                    continue
                 remaining = until - time.monotonic()
                 if remaining <= 0:
                     return None
-                with contextlib.suppress(TimeoutError):
+                self._waiter_count += 1
+                try:
                     async with asyncio.timeout(remaining):
                         await event.wait()
+                except TimeoutError:
+                    pass  # the queue is asked once more, then there is no time left
+                finally:
+                    self._waiter_count -= 1
 
-    def put_back(self, refs: Sequence[GroupRef]) -> None:
-        """Takes groups out of their lease, unworked, e.g. because they do not fit into one message."""
+    def put_back(self, refs: Sequence[GroupRef], *, lease_id: str) -> None:
+        """Takes groups out of a lease, unworked: they do not fit into one message, or nobody gets it."""
         for ref in refs:
-            self._queue.put_back(ref)
+            self._queue.put_back(ref, lease_id=lease_id)
         if refs:
             self._wake_workers()
 
@@ -173,6 +211,13 @@ class VerificationDesk:
             WorkerNotFoundError: register again.
         """
         return self._queue.worker(worker_id).identity
+
+    def needs_tokens(self, worker_id: str) -> frozenset[str]:
+        """The verifiers of a worker that want token ids; none for a worker that is gone."""
+        try:
+            return self._queue.worker(worker_id).needs_tokens
+        except WorkerNotFoundError:
+            return frozenset()
 
     def finish(self, command: RecordVerdicts, *, pool: str) -> None:
         """Forgets a group whose verdicts are recorded."""
@@ -228,7 +273,7 @@ class VerificationDesk:
             yield
         finally:
             self._queue.end_wait(worker_id, now=time.monotonic())
-            self._poke.set()
+            self._look_by(SILENT_LEASES * self._limits.lease_timeout_seconds)
 
     def _excluded_pools(self, worker_id: str) -> set[str]:
         """Pools in which the worker's principal owns an agent: nobody judges their own competition."""
@@ -241,27 +286,68 @@ class VerificationDesk:
             if any(member.principal == principal for member in pool.runtime.state.members.values())
         }
 
+    async def _located(self, lease: Lease) -> LeasedWork:
+        """A lease with where its bodies lie; a caller that gives up meanwhile leaves the groups untouched."""
+        try:
+            found = [(ref, at) for ref in lease.items if (at := await self._find(ref)) is not None]
+        except BaseException:
+            self.put_back(lease.items, lease_id=lease.lease_id)
+            raise
+        missing = set(lease.items).difference(ref for ref, _ in found)
+        for ref in missing:
+            self._queue.finish(ref)  # its step closed, or it is not in the log: nobody can verify it
+        limits = self._limits
+        seconds = limits.max_lease_seconds
+        for ref, at in found:
+            plan = self._pools.pool(ref.pool).runtime.state.spec.plan
+            longest = at.record.rollout_count * plan.item_timeout_seconds
+            seconds = max(seconds, longest + limits.lease_margin_seconds)
+        self._queue.bound(lease.lease_id, ends_at=time.monotonic() + seconds)
+        return LeasedWork(lease.lease_id, tuple(found))
+
     async def _find(self, ref: GroupRef) -> GroupAt | None:
         """Where a group's bodies lie; after a restart it is read from the log once a step."""
-        known = self._at.setdefault((ref.pool, ref.step), {})
-        slot = (ref.prompt_index, ref.roster_index)
-        if slot not in known:
-            known.update(await self._pools.pool(ref.pool).history.groups(ref.step))
-        return known.get(slot)
+        key, slot = (ref.pool, ref.step), (ref.prompt_index, ref.roster_index)
+        known = self._at.get(key)
+        if known is not None and slot in known:
+            return known[slot]
+        pool = self._pools.pool(ref.pool)
+        if ref.step not in pool.runtime.state.open_steps:
+            return None
+        groups = await pool.history.groups(ref.step)
+        if ref.step in pool.runtime.state.open_steps:
+            self._at.setdefault(key, {}).update(groups)
+        return groups.get(slot)
 
     def _wake_workers(self) -> None:
-        self._work.set()
-        self._work = asyncio.Event()
+        if self._waiter_count:
+            self._work.set()
+            self._work = asyncio.Event()
+
+    def _look_by(self, seconds: float) -> None:
+        """Wakes the keeper if it would sleep past a time that has just come into being."""
+        if time.monotonic() + seconds < self._wakes_at:
+            self._poke.set()
 
     async def _keep(self) -> None:
         while True:
-            self._poke.clear()
-            self._settle(self._queue.expire(now=time.monotonic()))
-            expiry = self._queue.next_expiry()
-            delay = None if expiry is None else max(0.0, expiry - time.monotonic()) + 0.001
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(delay):
-                    await self._poke.wait()
+            try:
+                await self._look_after()
+            except Exception:
+                # Without this task no lease would ever run out again, so it outlives its bugs.
+                _log.exception("the verification desk failed on a bug; it goes on")
+                await asyncio.sleep(_PAUSE_SECONDS)
+
+    async def _look_after(self) -> None:
+        """Fails what ran out, and sleeps until something else can."""
+        self._poke.clear()
+        self._settle(self._queue.expire(now=time.monotonic()))
+        expiry = self._queue.next_expiry()
+        self._wakes_at = math.inf if expiry is None else expiry + 0.001
+        delay = None if expiry is None else max(0.0, self._wakes_at - time.monotonic())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(delay):
+                await self._poke.wait()
 
     def _settle(self, failed: Failed) -> None:
         """Goes on after failed leases: others take the groups, and those out of attempts end."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hmac
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
-from hacrl_exchange.errors import ExchangeError, InternalError, PermissionDeniedError
+from hacrl_exchange.errors import ExchangeError, InternalError, InvalidRequestError, PermissionDeniedError
 from hacrl_exchange.status import DETAILS_KEY, grpc_code, to_status
 
 _log = logging.getLogger(__name__)
@@ -85,27 +86,62 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             return handler
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(
-                _unary(handler.unary_unary, method), handler.request_deserializer, handler.response_serializer
+                _unary(handler.unary_unary, method),
+                _decoder(handler.request_deserializer),
+                handler.response_serializer,
             )
         if handler.stream_unary is not None:
             return grpc.stream_unary_rpc_method_handler(
                 _unary(handler.stream_unary, method),
-                handler.request_deserializer,
+                _decoder(handler.request_deserializer),
                 handler.response_serializer,
             )
         if handler.unary_stream is not None:
             return grpc.unary_stream_rpc_method_handler(
                 _stream(handler.unary_stream, method),
-                handler.request_deserializer,
+                _decoder(handler.request_deserializer),
                 handler.response_serializer,
             )
         return handler
 
 
+class _Undecodable:
+    """Stands for a request that is not a message of its method. gRPC itself would answer UNKNOWN and log a
+    traceback for each, so the refusal waits until it can be a status."""
+
+
+def _decoder(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    if deserialize is None:
+        return None
+
+    def decode(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except (DecodeError, ValueError):
+            return _Undecodable()
+
+    return decode
+
+
+def _decoded(request: Any, method: str) -> Any:
+    """A request, or the stream of them; refuses what could not be decoded."""
+    if isinstance(request, _Undecodable):
+        raise InvalidRequestError(
+            f"The request is not a message of {method}, or a text in it is not UTF-8; "
+            "encode it with the protocol's own definitions."
+        )
+    return _all_decoded(request, method) if isinstance(request, AsyncIterable) else request
+
+
+async def _all_decoded(requests: AsyncIterable[Any], method: str) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _decoded(request, method)
+
+
 def _unary(behaviour: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
     async def call(request: Any, context: Context) -> Any:
         try:
-            return await behaviour(request, context)
+            return await behaviour(_decoded(request, method), context)
         except (grpc.aio.AbortError, grpc.RpcError):
             raise
         except Exception as error:
@@ -117,7 +153,7 @@ def _unary(behaviour: Callable[..., Awaitable[Any]], method: str) -> Callable[..
 def _stream(behaviour: Callable[..., Any], method: str) -> Callable[..., AsyncIterator[Any]]:
     async def call(request: Any, context: Context) -> AsyncIterator[Any]:
         try:
-            async for message in behaviour(request, context):
+            async for message in behaviour(_decoded(request, method), context):
                 yield message
         except (grpc.aio.AbortError, grpc.RpcError):
             raise

@@ -28,6 +28,17 @@ class Limits:
     max_prompts_per_set: int = 1_000_000
     max_prompt_size: int = 1 * MIB
     max_detail_size: int = 2048
+    max_components: int = 32
+    """Named parts of a score."""
+    max_component_name_size: int = 64
+    max_name_size: int = 128
+    """A worker's identity, and a verifier's name and version, in UTF-8."""
+    max_workers: int = 1024
+    max_offers_per_worker: int = 64
+    max_lease_seconds: float = 600.0
+    """A lease cannot be renewed for longer, unless a single group of it may take longer by itself."""
+    lease_margin_seconds: float = 60.0
+    """What a lease gets on top of the time that its longest group may take."""
     max_call_decoded_size: int = 128 * MIB
     """What all groups of a PublishGroups call may decode to."""
     max_publishing_size: int = 256 * MIB

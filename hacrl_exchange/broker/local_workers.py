@@ -18,6 +18,7 @@ KEY_VARIABLE = "HACRL_WORKER_KEY"
 _STOP_SECONDS = 5.0
 _LONGEST_PAUSE_SECONDS = 5.0
 _HEALTHY_SECONDS = 10.0
+_BUG_PAUSE_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,21 +65,31 @@ class LocalWorkers:
     async def _keep(self, name: str) -> None:
         """One worker after the other, with a growing pause while they die young."""
         pause = 0.0
-        loop = asyncio.get_running_loop()
         while not self._stopping:
             await asyncio.sleep(pause)
-            started = loop.time()
-            process = await self._spawn(name)
             try:
-                code = await process.wait()
-            except asyncio.CancelledError:
-                await _end(process)
-                raise
-            finally:
-                self._on_exit(name)
-            lived = loop.time() - started
+                code, lived = await self._run_one(name)
+            except Exception:
+                # Nobody awaits this task: without it the broker would verify with a worker less for good.
+                _log.exception("worker %s could not be run; trying again", name)
+                pause = _BUG_PAUSE_SECONDS
+                continue
             pause = 0.0 if lived > _HEALTHY_SECONDS else min(_LONGEST_PAUSE_SECONDS, pause * 2 or 0.25)
             _log.warning("worker %s ended with code %s after %.1f s; starting another", name, code, lived)
+
+    async def _run_one(self, name: str) -> tuple[int, float]:
+        """Runs a worker to its end; its exit code and the seconds it lived."""
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        process = await self._spawn(name)
+        try:
+            code = await process.wait()
+        except asyncio.CancelledError:
+            await _end(process)
+            raise
+        finally:
+            self._on_exit(name)
+        return code, loop.time() - started
 
     async def _spawn(self, name: str) -> asyncio.subprocess.Process:
         key = secrets.token_urlsafe(32)

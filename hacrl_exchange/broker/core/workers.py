@@ -10,8 +10,8 @@ from hacrl_exchange.errors import WorkerNotFoundError
 
 @dataclass(slots=True)
 class Worker:
-    """A registered worker. `last_seen` in seconds of a monotonic clock; `watched`: it has an entry in the heap
-    of silences."""
+    """A registered worker. `last_seen` in seconds of a monotonic clock; `watched`: it has an entry among the
+    silences."""
 
     identity: str
     principal: str

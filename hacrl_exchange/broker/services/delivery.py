@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from hacrl_exchange import codec
 from hacrl_exchange._pb import exchange_service_pb2 as pb
-from hacrl_exchange._pb import rollout_pb2, step_pb2, verdict_pb2
+from hacrl_exchange._pb import records_pb2, rollout_pb2, step_pb2, verdict_pb2
 from hacrl_exchange.broker.broker import Pool
 from hacrl_exchange.broker.core.records import ExpiredGroup, ManifestEntry
 from hacrl_exchange.broker.core.reveal import Visibility, visible
@@ -26,6 +26,8 @@ _EXPIRY_REASONS = {
     UnscoredKind.UNSUPPORTED: VerdictReason.NO_WORKER,
 }
 FIRST_GENERATION = 1
+_ROLLOUT_SIZE = 16
+"""What a verdict takes beside its own bytes, or an expired one in all, at most."""
 
 
 async def manifest(pool: Pool, step: int, *, caller: pb.Caller, principal: str) -> step_pb2.Manifest:
@@ -78,7 +80,8 @@ async def groups(
     expired = {(group.prompt_index, group.roster_index): group for group in history.closed.expired}
     wanted = [history.closed.entries[index] for index in shown.entries[request.start_entry :]]
     picked = [
-        _pick(history.groups[entry.prompt_index, entry.roster_index], request.part_kinds) for entry in wanted
+        _pick(history.groups[slot], request.part_kinds, extra_size=_verdict_size(history.verdicts.get(slot)))
+        for slot in ((entry.prompt_index, entry.roster_index) for entry in wanted)
     ]
     number = request.start_entry
     async for part in _read_ahead(pool, picked, limits=limits):
@@ -143,11 +146,20 @@ def _visibility(pool: Pool, history: ClosedStep, *, caller: pb.Caller, principal
     return visible(history.closed, principal=principal, agent=caller.agent, rule=rule)
 
 
-def _pick(at: GroupAt, kinds: Sequence[int]) -> _Choice:
+def _verdict_size(recorded: records_pb2.VerdictsRecorded | None) -> int:
+    """What the verdicts of a group take in a message. A group without any has expired; that fits in what is
+    allowed for every rollout."""
+    if recorded is None:
+        return 0
+    return recorded.verifier.ByteSize() + sum(verdict.ByteSize() for verdict in recorded.verdicts)
+
+
+def _pick(at: GroupAt, kinds: Sequence[int], *, extra_size: int = 0) -> _Choice:
     envelope = rollout_pb2.Envelope.FromString(at.record.envelope)
     wanted = set(kinds or _DEFAULT_KINDS)
     indices = tuple(index for index, info in enumerate(envelope.parts) if info.kind in wanted)
-    size = len(at.record.envelope) + sum(envelope.parts[index].stored_size for index in indices) + 512
+    size = len(at.record.envelope) + sum(envelope.parts[index].stored_size for index in indices)
+    size += extra_size + 512 + _ROLLOUT_SIZE * at.record.rollout_count
     return _Choice(at, envelope, indices, size)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 
 from hacrl_exchange import codec
-from hacrl_exchange._pb import prompt_pb2, rollout_pb2, verification_service_pb2_grpc
+from hacrl_exchange._pb import prompt_pb2, rollout_pb2, verdict_pb2, verification_service_pb2_grpc
 from hacrl_exchange._pb import verification_service_pb2 as pb
 from hacrl_exchange.broker.broker import Broker
 from hacrl_exchange.broker.core.records import RecordVerdicts
+from hacrl_exchange.broker.core.state import GroupState
 from hacrl_exchange.broker.core.verification import GroupRef
 from hacrl_exchange.broker.desk import LeasedWork
 from hacrl_exchange.broker.history import GroupAt
@@ -25,10 +25,11 @@ from hacrl_exchange.errors import (
     UnknownPromptError,
 )
 from hacrl_exchange.status import to_status
-from hacrl_exchange.types import Scored, Slot, Verdict
+from hacrl_exchange.types import Slot
 
-_MAX_COMPONENTS = 32
-_MAX_NAME_SIZE = 128
+_FIELD_SIZE = 8
+"""Bytes before a field's content, at most, in messages of this size."""
+_REASONS = frozenset(verdict_pb2.VerdictReason.values())
 
 
 class VerificationService(verification_service_pb2_grpc.VerificationServiceServicer):
@@ -37,21 +38,21 @@ class VerificationService(verification_service_pb2_grpc.VerificationServiceServi
     def __init__(self, broker: Broker, identities: Identities) -> None:
         self._broker = broker
         self._identities = identities
-        self._needs_tokens: dict[str, frozenset[str]] = {}
 
     async def RegisterWorker(
         self, request: pb.RegisterWorkerRequest, context: Context
     ) -> pb.RegisterWorkerResponse:
-        if not 1 <= len(request.identity.encode()) <= _MAX_NAME_SIZE:
-            raise InvalidRequestError(f"identity must be 1 to {_MAX_NAME_SIZE} bytes.", field="identity")
-        if not request.verifiers or any(
-            not (
-                0 < len(offer.verifier.encode()) <= _MAX_NAME_SIZE and 0 < len(offer.version.encode()) <= 128
-            )
+        limits = self._broker.limits
+        longest = limits.max_name_size
+        if not _is_name(request.identity, longest):
+            raise InvalidRequestError(f"identity must be 1 to {longest} bytes.", field="identity")
+        if not 1 <= len(request.verifiers) <= limits.max_offers_per_worker or not all(
+            _is_name(offer.verifier, longest) and _is_name(offer.version, longest)
             for offer in request.verifiers
         ):
             raise InvalidRequestError(
-                "verifiers must name at least one, each with a name and a version of 1 to 128 bytes.",
+                f"verifiers must name 1 to {limits.max_offers_per_worker}, each with a name and a version "
+                f"of 1 to {longest} bytes.",
                 field="verifiers",
             )
         principal = self._identities.principal(context)
@@ -59,10 +60,7 @@ class VerificationService(verification_service_pb2_grpc.VerificationServiceServi
             identity=request.identity,
             verifiers=[offer.verifier for offer in request.verifiers],
             principal=principal,
-        )
-        self._forget_gone_workers()
-        self._needs_tokens[worker] = frozenset(
-            offer.verifier for offer in request.verifiers if offer.needs_tokens
+            needs_tokens=[offer.verifier for offer in request.verifiers if offer.needs_tokens],
         )
         return pb.RegisterWorkerResponse(
             worker=worker, lease_timeout=codec.duration_to_proto(self._broker.limits.lease_timeout_seconds)
@@ -85,7 +83,12 @@ class VerificationService(verification_service_pb2_grpc.VerificationServiceServi
         )
         if work is None:
             return pb.AcquireLeaseResponse()
-        return await self._lease_message(request.worker, work)
+        try:
+            return await self._lease_message(request.worker, work)
+        except BaseException:
+            # Nobody gets these groups, most often because the caller went away: they were never worked on.
+            self._broker.desk.put_back([ref for ref, _ in work.groups], lease_id=work.lease_id)
+            raise
 
     async def RenewLease(self, request: pb.RenewLeaseRequest, context: Context) -> pb.RenewLeaseResponse:
         self._broker.desk.renew(request.worker, request.lease)
@@ -100,6 +103,12 @@ class VerificationService(verification_service_pb2_grpc.VerificationServiceServi
         if not request.reports or not request.lease:
             raise InvalidRequestError(
                 "reports must hold at least one report, and lease the id it was acquired under.",
+                field="reports",
+            )
+        if len(request.reports) > self._broker.limits.max_groups_per_lease:
+            raise InvalidRequestError(
+                f"A call carries at most {self._broker.limits.max_groups_per_lease} reports, as a lease does "
+                "groups; split it.",
                 field="reports",
             )
         desk.touch(request.worker)
@@ -131,10 +140,13 @@ class VerificationService(verification_service_pb2_grpc.VerificationServiceServi
             )
         prompt_index = step.prompt_index.get(slot.prompt_id)
         roster_index = step.roster_index.get(slot.agent)
-        if prompt_index is None or roster_index is None:
+        group = None
+        if prompt_index is not None and roster_index is not None:
+            group = step.groups.get((prompt_index, roster_index))
+        if prompt_index is None or roster_index is None or group is None:
             raise GroupNotFoundError(f"There is no group {report.group}.", group=report.group)
+        self._check_report(report, group)
         verdicts = tuple(codec.verdict_from_proto(verdict) for verdict in report.verdicts)
-        self._check_report(report, verdicts)
         command = RecordVerdicts(
             step=slot.step,
             prompt_index=prompt_index,
@@ -148,59 +160,89 @@ class VerificationService(verification_service_pb2_grpc.VerificationServiceServi
         try:
             pool.runtime.apply(command)
         finally:
-            group = step.groups.get((prompt_index, roster_index))
-            if group is not None and group.generation:
+            known = step.groups.get((prompt_index, roster_index))
+            if known is not None and known.generation:
                 self._broker.desk.finish(command, pool=pool_name)
         return pool_name
 
-    def _check_report(self, report: pb.VerdictReport, verdicts: Sequence[Verdict]) -> None:
+    def _check_report(self, report: pb.VerdictReport, group: GroupState) -> None:
+        """Refuses a malformed report. Its length comes first: nothing grows with what a caller sends."""
         limits = self._broker.limits
+        identity = report.verifier
         problem = ""
-        if (
-            not report.verifier.verifier
-            or not report.verifier.version
-            or len(report.verifier.config_digest) != 32
+        if len(report.verdicts) != group.rollout_count:
+            problem = f"it has {len(report.verdicts)} verdicts for {group.rollout_count} rollouts"
+        elif (
+            not _is_name(identity.verifier, limits.max_name_size)
+            or not _is_name(identity.version, limits.max_name_size)
+            or len(identity.config_digest) != 32
         ):
-            problem = "verifier needs a name, a version and a config digest of 32 bytes"
+            problem = (
+                f"verifier needs a name and a version of 1 to {limits.max_name_size} bytes and a config "
+                "digest of 32 bytes"
+            )
         elif report.generation < 1:
             problem = "generation must be at least 1"
-        elif any(verdict.WhichOneof("outcome") is None for verdict in report.verdicts):
-            problem = "a verdict states no outcome"
         elif report.details and len(report.details) != len(report.verdicts):
             problem = "details must be empty or one per verdict"
         elif any(len(detail.encode()) > limits.max_detail_size for detail in report.details):
             problem = f"a detail is longer than {limits.max_detail_size} bytes"
-        elif any(isinstance(verdict, Scored) and _bad_components(verdict.components) for verdict in verdicts):
-            problem = f"components must be finite and at most {_MAX_COMPONENTS}"
+        else:
+            problem = next(filter(None, (self._problem(verdict) for verdict in report.verdicts)), "")
         if problem:
             raise InvalidVerdictError(
                 f"The report for {report.group} is invalid: {problem}.", group=report.group
             )
 
+    def _problem(self, verdict: verdict_pb2.Verdict) -> str:
+        """What is wrong with a verdict; empty if nothing is."""
+        limits = self._broker.limits
+        outcome = verdict.WhichOneof("outcome")
+        if outcome is None:
+            return "a verdict states no outcome"
+        if verdict.reason not in _REASONS:
+            return f"this broker does not know the reason {verdict.reason}"
+        if outcome != "scored" or not verdict.scored.components:
+            return ""
+        components = verdict.scored.components
+        if len(components) > limits.max_components or not all(
+            _is_name(name, limits.max_component_name_size) and math.isfinite(value)
+            for name, value in components.items()
+        ):
+            return (
+                f"components must be finite and at most {limits.max_components}, with names of 1 to "
+                f"{limits.max_component_name_size} bytes"
+            )
+        return ""
+
     async def _lease_message(self, worker: str, work: LeasedWork) -> pb.AcquireLeaseResponse:
         """The groups of a lease with their texts, as many as fit into a message; the rest goes back."""
         message = pb.AcquireLeaseResponse(lease=work.lease_id)
+        needs_tokens = self._broker.desk.needs_tokens(worker)
         size = 0
         for number, (ref, at) in enumerate(work.groups):
-            leased = await self._leased_group(worker, ref, at)
+            leased = await self._leased_group(ref, at, tokens=ref.verifier in needs_tokens)
             size += leased.ByteSize() + sum(
-                info.stored_size for info in leased.envelope.parts if info.kind in leased.part_kinds
+                info.stored_size + _FIELD_SIZE
+                for info in leased.envelope.parts
+                if info.kind in leased.part_kinds
             )
             if number and size > self._broker.limits.delivery_message_size:
-                self._broker.desk.put_back([other for other, _ in work.groups[number:]])
+                rest = [other for other, _ in work.groups[number:]]
+                self._broker.desk.put_back(rest, lease_id=work.lease_id)
                 break
             message.groups.append(leased)
         await self._add_bodies(message, work)
         return message
 
-    async def _leased_group(self, worker: str, ref: GroupRef, at: GroupAt) -> pb.LeasedGroup:
+    async def _leased_group(self, ref: GroupRef, at: GroupAt, *, tokens: bool) -> pb.LeasedGroup:
         """A group as a worker gets it, still without the bytes of its parts."""
         pool = self._broker.pool(ref.pool)
         step = pool.runtime.state.open_steps.get(ref.step)
         opened = step if step is not None else await pool.history.opened(ref.step)
         envelope = rollout_pb2.Envelope.FromString(at.record.envelope)
         kinds = {rollout_pb2.PART_KIND_TEXT}
-        if ref.verifier in self._needs_tokens.get(worker, ()):
+        if tokens:
             kinds.add(rollout_pb2.PART_KIND_TOKENS)
         plan = pool.runtime.state.spec.plan
         prompt_id = opened.prompt_ids[ref.prompt_index]
@@ -238,12 +280,6 @@ class VerificationService(verification_service_pb2_grpc.VerificationServiceServi
             )
         return entry
 
-    def _forget_gone_workers(self) -> None:
-        known = {worker.worker_id for worker in self._broker.desk.workers()}
-        self._needs_tokens = {
-            worker: names for worker, names in self._needs_tokens.items() if worker in known
-        }
 
-
-def _bad_components(components: Mapping[str, float]) -> bool:
-    return len(components) > _MAX_COMPONENTS or not all(math.isfinite(value) for value in components.values())
+def _is_name(text: str, longest: int) -> bool:
+    return 1 <= len(text.encode()) <= longest
