@@ -270,3 +270,32 @@ def test_no_group_is_lost_or_leased_twice_whatever_workers_do(operations: list[t
         now += 10.0
         known -= set(queue.expire(now=now).exhausted)
     assert not known
+
+
+def test_a_group_is_put_back_only_out_of_the_lease_that_is_named_and_is_not_charged() -> None:
+    queue = queue_with(ref(0), ref(1), workers=2)
+    taken(queue, "l1")
+    queue.put_back(ref(0), lease_id="other")
+    assert queue.statistics().leased_count == 2
+    for item in (ref(0), ref(1)):
+        queue.put_back(item, lease_id="l1")
+    assert taken(queue, "l2") == (ref(0), ref(1))
+
+
+def test_a_lease_cannot_be_renewed_beyond_its_end() -> None:
+    queue = queue_with(ref(0), ref(1))
+    taken(queue, "l1")
+    queue.bound("l1", ends_at=15.0)
+    assert queue.renew("w1", "l1", now=9.0) == 15.0
+    assert queue.renew("w1", "l1", now=14.0) == 15.0
+    assert queue.next_expiry() == 15.0
+    assert queue.expire(now=15.0).returned == (ref(0), ref(1))
+
+
+def test_renewals_leave_one_entry_each() -> None:
+    queue = queue_with(ref(0))
+    taken(queue, "l1")
+    for number in range(1000):
+        queue.renew("w1", "l1", now=number / 1000)
+    assert len(queue._expiries) == 1
+    assert queue.next_expiry() == 10.999
