@@ -85,8 +85,10 @@ def _receipts(journal: Path, problem: Callable[[str], None]) -> Iterator[tuple[i
                     yield number, _receipt(json.loads(line))
                 except (ValueError, KeyError, TypeError) as error:
                     problem(f"Line {number} of {journal.name} is no receipt ({error}).")
+    except FileNotFoundError:
+        problem(f"There is no journal {journal}; name the file that the agent wrote.")
     except OSError as error:
-        problem(f"Journal {journal} cannot be read ({error}).")
+        problem(f"The journal {journal} cannot be read: {error.strerror}.")
 
 
 def _receipt(fields: dict[str, object]) -> Receipt:

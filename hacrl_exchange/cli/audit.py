@@ -106,8 +106,12 @@ def _print(report: AuditReport) -> None:
     if report.ok:
         console.print("[green]The audit holds.[/green]")
         return
-    console.print(f"[red]The audit found {report.problem_count:,} problems:[/red]")
+    console.print(f"[red]The audit found {_problems(report.problem_count)}:[/red]")
     for problem in report.problems[:_SHOWN_PROBLEMS]:
         console.print(f"  {problem}", markup=False, highlight=False)
     if report.problem_count > _SHOWN_PROBLEMS:
         console.print("  ... `--json` lists more.", highlight=False)
+
+
+def _problems(count: int) -> str:
+    return f"{count:,} problem{'' if count == 1 else 's'}"

@@ -188,6 +188,8 @@ def test_an_audit_that_misses_a_receipt_fails(
 
     report = json.loads(out)
     assert (code, report["ok"], report["receipts"], report["receipts_found"]) == (1, False, 1, 0)
+    _, out, _ = hacrl("audit", "--folder", str(broker.folder), "--journal", str(journal))
+    assert "The audit found 1 problem:" in out
 
 
 def test_an_audit_of_no_folder_gives_a_sentence(hacrl: Hacrl, tmp_path: Path) -> None:

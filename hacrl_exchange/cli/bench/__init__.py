@@ -45,7 +45,8 @@ def exchange(
 
     Broker, publisher, worker and consumer are processes of their own over loopback. Every group is different:
     8 rollouts of 1,000 tokens with text, ids of a vocabulary of 32,768 and f16 log-probs. Encoding, the
-    broker's checks, leases, decoding and digests are on the clock; making the texts is not. At the end the
+    broker's checks, leases, decoding and digests are on the clock; making the texts is not, nor is
+    the garbage collector walking them. At the end the
     broker is killed, started again, and every receipt is looked for. Takes about a minute, 1 GB of memory and
     400 MB of disk. Exit code 1 if a receipt is missing.
 

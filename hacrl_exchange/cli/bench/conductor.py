@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -154,7 +155,9 @@ def conduct(plan: Plan, *, folder: Path, show: Show) -> tuple[Figures, Circumsta
         )
         with AdminClient(run.broker.target) as admin:
             admin.create_prompt_set("bench", [_prompt(number) for number in range(plan.groups)])
+        before = cpu_seconds(run.broker.pid)
         published, verified, consumed = _phased(run)
+        broker_cpu = cpu_seconds(run.broker.pid) - before
         together = _concurrent(run)
         text = _text_alone(run)
         run.broker.kill()
@@ -186,6 +189,15 @@ def conduct(plan: Plan, *, folder: Path, show: Show) -> tuple[Figures, Circumsta
         zstd19_bytes_per_token=zstd19_bytes_per_token(plan.shape),
         audit_problems=report.problem_count,
         load_average=load,
+        cpu_ms_per_group={
+            role: 1000 * seconds / plan.groups
+            for role, seconds in (
+                ("publisher", published["cpu_seconds"]),
+                ("worker", verified["cpu_seconds"]),
+                ("consumer", consumed["cpu_seconds"]),
+                ("broker", broker_cpu),
+            )
+        },
     )
     return figures, around
 
@@ -239,6 +251,16 @@ def _check(published: dict[str, Any], consumed: dict[str, Any], rollouts: int) -
 
 def _prompt(number: int) -> PromptEntry:
     return PromptEntry(Prompt(f"{number:05d}", (Message("user", f"Tell story {number}."),)))
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time that a process has used so far; NaN where there is no /proc."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return math.nan
+    user, system = stat.rpartition(")")[2].split()[11:13]  # after the name, which may hold anything
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def zstd19_bytes_per_token(shape: Shape, *, groups: int = _SAMPLE_GROUPS) -> float:

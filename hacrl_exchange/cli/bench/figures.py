@@ -43,6 +43,8 @@ class Circumstances:
     zstd19_bytes_per_token: float
     audit_problems: int
     load_average: float
+    cpu_ms_per_group: Mapping[str, float]
+    """CPU time of each role, all its threads, in the phase it has for itself; the broker's of all three."""
 
 
 # Name of the figure, what it is, the requirement, and whether more is better.
@@ -100,6 +102,11 @@ def print_figures(figures: Figures, around: Circumstances) -> None:
         f"verified {around.verify_rollouts_per_s:,.0f} rollouts/s; "
         f"delivered {around.delivered_bytes_per_token:.2f} bytes a token; "
         f"zstd-19 presses the texts to {around.zstd19_bytes_per_token:.2f} bytes a token; "
+        f"CPU ms a group: {_cpu(around.cpu_ms_per_group)}; "
         f"the audit found {around.audit_problems} problems; load average {around.load_average:.1f}.",
         highlight=False,
     )
+
+
+def _cpu(milliseconds: Mapping[str, float]) -> str:
+    return ", ".join(f"{role} {spent:.2f}" for role, spent in milliseconds.items())

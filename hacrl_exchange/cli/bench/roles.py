@@ -6,6 +6,7 @@ share, so that phases with several of them can be measured.
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
 import time
@@ -41,13 +42,20 @@ class Publisher:
     def generate(
         self, *, groups: int, seed: int, rollouts: int, tokens: int, text_only: bool, progress: Progress
     ) -> dict[str, Any]:
-        """Makes groups; forgets those from before."""
+        """Makes groups; forgets those from before.
+
+        What was made is frozen for the garbage collector: a trainer does not hold thousands of groups, and
+        would not pay for walking them again and again.
+        """
+        gc.unfreeze()
         self._language = self._language or Language()
         self._groups = []
         for group in self._language.groups(groups, seed=seed, shape=Shape(rollouts, tokens)):
             self._groups.append(without_numbers(group) if text_only else group)
             if len(self._groups) % 64 == 0:
                 progress(len(self._groups) * rollouts)
+        gc.collect()
+        gc.freeze()
         return {}
 
     def publish(self, *, broker: str, pool: str, journal: str, progress: Progress) -> dict[str, Any]:
@@ -57,7 +65,7 @@ class Publisher:
         call_seconds: list[float] = []
         with connect(broker) as exchange:
             agent = exchange.join(pool, agent=_AGENT, journal=Path(journal))
-            began = time.monotonic()
+            began, cpu = time.monotonic(), time.process_time()
             with agent:
                 version = PolicyVersion(agent.session, 0)
                 for step in agent.steps(timeout_seconds=60):
@@ -71,12 +79,13 @@ class Publisher:
                     progress(rollouts)
                     if receipts >= len(self._groups):
                         break
-                ended = time.monotonic()
+                ended, cpu = time.monotonic(), time.process_time() - cpu
         tokens = sum(one.token_count for group in self._groups for one in group)
         self._groups = []
         return {
             "began": began,
             "ended": ended,
+            "cpu_seconds": cpu,
             "rollouts": rollouts,
             "tokens": tokens,
             "wire_bytes": wire_bytes,
@@ -109,7 +118,7 @@ class Worker:
         with WorkerClient(broker) as client:
             offered = [OfferedVerifier(VERIFIER, "1")]
             worker = client.register("bench", offered=offered).worker
-            began = time.monotonic()
+            began, cpu = time.monotonic(), time.process_time()
 
             def work() -> None:
                 try:
@@ -126,7 +135,8 @@ class Worker:
                 thread.join()
         if failures:
             raise failures[0]
-        return {"began": began, "ended": self._last, "rollouts": rollouts}
+        cpu = time.process_time() - cpu
+        return {"began": began, "ended": self._last, "cpu_seconds": cpu, "rollouts": rollouts}
 
     def _turn(self, client: WorkerClient, worker: str, progress: Progress) -> None:
         lease = client.acquire(worker, max_groups=_GROUPS_PER_LEASE, wait_seconds=0.2)
@@ -162,17 +172,18 @@ class Consumer:
         """Fetches, decodes and proves the joint batches of all steps."""
         rollouts = tokens = wire_bytes = 0
         with connect(broker) as exchange:
-            began = time.monotonic()
+            began, cpu = time.monotonic(), time.process_time()
             for batch in _batches(exchange, pool, steps):
                 for group in batch.groups:
                     rollouts += sum(isinstance(verdict, Scored) for verdict in group.verdicts)
                     tokens += sum(rollout.token_count for rollout in group.group.rollouts)
                 wire_bytes += batch.wire_bytes
                 progress(rollouts)
-            ended = time.monotonic()
+            ended, cpu = time.monotonic(), time.process_time() - cpu
         return {
             "began": began,
             "ended": ended,
+            "cpu_seconds": cpu,
             "rollouts": rollouts,
             "tokens": tokens,
             "wire_bytes": wire_bytes,

@@ -448,7 +448,11 @@ def test_a_receipt_that_the_log_does_not_honour_is_found(line: str, sentence: st
 
 def test_a_journal_that_is_not_there_is_a_problem(tmp_path: Path) -> None:
     story().write(tmp_path)
-    assert audit(tmp_path, [tmp_path / "none"]).problem_count == 1
+    missing = tmp_path / "none"
+
+    assert audit(tmp_path, [missing]).problems == (
+        f"There is no journal {missing}; name the file that the agent wrote.",
+    )
 
 
 def test_a_folder_without_a_log_is_one_sentence(tmp_path: Path) -> None:
