@@ -348,13 +348,13 @@ def test_a_killed_broker_that_comes_back_costs_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_large_batch_arrives_whole(target: str) -> None:
-    """Several messages of 4 MiB: incompressible text of 400 kB per rollout."""
+    """Several messages: incompressible text of 400 kB per rollout."""
     create_pool(target, steps=1)
 
     def make(prompts: Sequence[Prompt], session: int) -> Iterator[Group]:
         version = PolicyVersion(session, 0)
         for prompt in prompts:
-            rollouts = tuple(Rollout(os.urandom(200_000).hex(), 9, -1.0) for _ in range(GROUP_SIZE))
+            rollouts = tuple(Rollout(os.urandom(200_000).hex(), 100_000, -1.0) for _ in range(GROUP_SIZE))
             yield Group(prompt.prompt_id, rollouts, FINGERPRINT, version, version)
 
     def life(name: str) -> JointBatch:
