@@ -190,7 +190,7 @@ def test_a_new_life_goes_on_with_what_the_old_one_published(target: str, tmp_pat
     def run(resume_after: int, publish_at_most: int) -> Iterator[JointBatch]:
         with (
             connect(target) as exchange,
-            exchange.join("math", agent="lab-a", resume_after=resume_after, journal=str(journal)) as agent,
+            exchange.join("math", agent="lab-a", resume_after=resume_after, journal=journal) as agent,
         ):
             for step in agent.steps():
                 missing = step.missing[:publish_at_most]
@@ -315,7 +315,7 @@ def test_a_killed_broker_that_comes_back_costs_nothing(tmp_path: Path) -> None:
         def life(name: str, journal: Path) -> list[int]:
             with (
                 connect(broker.target) as exchange,
-                exchange.join("math", agent=name, journal=journal) as agent,
+                exchange.join("math", agent=name, journal=str(journal)) as agent,
             ):
                 steps = []
                 for step in agent.steps():
