@@ -339,7 +339,9 @@ class ReportVerdictsRequest(_message.Message):
     worker: _builtins.str
     """From RegisterWorker."""
     lease: _builtins.str
-    """From AcquireLease. Groups of the lease that are not reported stay leased."""
+    """The id under which the groups were acquired; it need not be alive, and is not checked against them.
+    Groups of the lease that are not reported stay leased.
+    """
     @_builtins.property
     def reports(self) -> _containers.RepeatedCompositeFieldContainer[Global___VerdictReport]:
         """Any groups of the lease."""

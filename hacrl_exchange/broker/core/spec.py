@@ -17,6 +17,8 @@ MAX_MEMBERS = 1024
 MAX_TIMEOUT_SECONDS = 30 * 24 * 3600.0
 MAX_ITEM_TIMEOUT_SECONDS = 3600.0
 _INT64 = 2**63
+_MAX_CONFIG_SIZE = 64 << 10
+"""It travels with every group that is leased."""
 
 
 def checked_spec(spec: PoolSpec, *, prompt_count: int) -> PoolSpec:
@@ -54,6 +56,8 @@ def _checked_plan(plan: VerificationPlan) -> VerificationPlan:
         config = None
     if not isinstance(config, dict):
         _refuse("plan.verifiers[0].config_json", config_json[:100], "a JSON object")
+    if len(config_json.encode()) > _MAX_CONFIG_SIZE:
+        _refuse("plan.verifiers[0].config_json", f"{config_json[:20]}...", "of at most 64 KiB")
     if not math.isfinite(plan.success_threshold):
         _refuse("plan.success_threshold", plan.success_threshold, "a finite number")
     if not 0 <= plan.max_unscored_share <= 1:

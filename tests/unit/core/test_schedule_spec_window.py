@@ -128,6 +128,16 @@ def test_a_pool_out_of_range_is_refused(spec: PoolSpec, message: str) -> None:
         checked_spec(spec, prompt_count=10)
 
 
+def test_a_configuration_has_room_in_every_lease() -> None:
+    def with_config(size: int) -> PoolSpec:
+        config = '{"a":"' + "x" * (size - 8) + '"}'
+        return replace(SPEC, plan=replace(SPEC.plan, verifiers=(VerifierUse("math", config),)))
+
+    checked_spec(with_config(64 << 10), prompt_count=10)
+    with pytest.raises(InvalidPoolError, match="must be of at most 64 KiB"):
+        checked_spec(with_config((64 << 10) + 1), prompt_count=10)
+
+
 def test_the_window_is_the_last_scored_steps_and_forgets_old_ones() -> None:
     kept: tuple[StepCounts, ...] = ()
     for step in range(1, 5):
