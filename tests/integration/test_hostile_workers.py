@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
+from hacrl_exchange import codec
 from hacrl_exchange._pb import verdict_pb2
 from hacrl_exchange._pb import verification_service_pb2 as pb
 from hacrl_exchange.broker import desk as desk_module
@@ -19,7 +20,6 @@ from hacrl_exchange.broker.history import History
 from hacrl_exchange.broker.interceptors import Identities
 from hacrl_exchange.broker.limits import Limits
 from hacrl_exchange.broker.local_workers import LocalWorkers, WorkerOptions
-from hacrl_exchange.broker.services import verification
 from hacrl_exchange.errors import InvalidRequestError, InvalidVerdictError, OverloadedError
 from hacrl_exchange.status import from_rpc_error, from_status
 from hacrl_exchange.testing import running_broker
@@ -79,7 +79,7 @@ def test_a_report_is_measured_before_it_is_read_and_its_texts_are_bounded(
         raise AssertionError("a verdict was converted")
 
     with monkeypatch.context() as patch:
-        patch.setattr(verification.codec, "verdict_from_proto", never)
+        patch.setattr(codec, "verdict_from_proto", never)
         answer = desk.verification.ReportVerdicts(
             pb.ReportVerdictsRequest(worker=worker, lease=lease.lease, reports=bad), timeout=10
         )
@@ -120,7 +120,7 @@ def test_a_request_that_is_no_message_is_refused_as_invalid_without_a_traceback(
     desk: Desk, caplog: pytest.LogCaptureFixture
 ) -> None:
     def send(data: bytes, *, method: str = "VerificationService/RegisterWorker") -> Exception:
-        call = desk.channel.unary_unary(f"/hacrl.exchange.v1.{method}")
+        call: Any = desk.channel.unary_unary(f"/hacrl.exchange.v1.{method}")
         return refusal(lambda: call(data, timeout=10))
 
     not_utf8 = b"\x0a\x02\xff\xfe"
@@ -128,9 +128,9 @@ def test_a_request_that_is_no_message_is_refused_as_invalid_without_a_traceback(
         found = send(data)
         assert isinstance(found, InvalidRequestError)
         assert "is not a message of" in str(found)
-    stream = desk.channel.stream_unary("/hacrl.exchange.v1.AdminService/CreatePromptSet")
+    stream: Any = desk.channel.stream_unary("/hacrl.exchange.v1.AdminService/CreatePromptSet")
     assert isinstance(refusal(lambda: stream(iter([not_utf8]), timeout=10)), InvalidRequestError)
-    down = desk.channel.unary_stream("/hacrl.exchange.v1.ExchangeService/StreamGroups")
+    down: Any = desk.channel.unary_stream("/hacrl.exchange.v1.ExchangeService/StreamGroups")
     assert isinstance(refusal(lambda: list(down(not_utf8, timeout=10))), InvalidRequestError)
     assert not [record for record in caplog.records if record.exc_info]
 
@@ -148,7 +148,7 @@ def test_a_lease_that_nobody_received_returns_whole_and_at_once(
     worker = desk.register_worker()
     with pytest.raises(grpc.RpcError) as caught:
         desk.verification.AcquireLease(pb.AcquireLeaseRequest(worker=worker, max_groups=9), timeout=0.2)
-    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[attr-defined]
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     monkeypatch.setattr(History, "bodies", real)
     lease = desk.acquire(worker, wait=5.0)
     assert len(lease.groups) == 2
