@@ -82,9 +82,11 @@ def check_group(
     _check_size(envelope)
     _check_claims(envelope)
     _check_rollouts(envelope, min(max_tokens or limits.max_tokens, limits.max_tokens))
-    _check_part_headers(group, limits)
-    for info, stored in zip(envelope.parts, group.parts, strict=True):
-        check_stated_size(info, envelope)
+    counts = [rollout.token_count for rollout in envelope.rollouts]
+    parts = tuple(group.parts)  # once: every look at a bytes field copies it
+    _check_part_headers(envelope, parts, limits)
+    for info, stored in zip(envelope.parts, parts, strict=True):
+        check_stated_size(info, counts)
         cap = limits.max_meta_size if info.kind == PART_KIND_META else limits.max_part_decoded_size
         decoded = decode_part(info, stored, max_decoded=cap)
         _check_body(envelope, info, decoded)
@@ -92,7 +94,7 @@ def check_group(
         digest=group_digest(envelope),
         rollout_count=len(envelope.rollouts),
         envelope=envelope.SerializeToString(),
-        parts=tuple(group.parts),
+        parts=parts,
     )
 
 
@@ -160,13 +162,12 @@ def _check_rollouts(envelope: rollout_pb2.Envelope, max_tokens: int) -> None:
             )
 
 
-def _check_part_headers(group: rollout_pb2.Group, limits: Limits) -> None:
-    parts = group.envelope.parts
-    if len(parts) != len(group.parts):
+def _check_part_headers(envelope: rollout_pb2.Envelope, parts: Sequence[bytes], limits: Limits) -> None:
+    if len(envelope.parts) != len(parts):
         raise CountMismatchError(
-            f"The envelope describes {len(parts)} parts; {len(group.parts)} came with it."
+            f"The envelope describes {len(envelope.parts)} parts; {len(parts)} came with it."
         )
-    kinds = [info.kind for info in parts]
+    kinds = [info.kind for info in envelope.parts]
     unknown = next((kind for kind in kinds if kind not in _KINDS), None)
     if unknown is not None:
         raise UnsupportedEncodingError(f"This server does not read parts of kind {unknown}.", kind=unknown)
@@ -174,7 +175,7 @@ def _check_part_headers(group: rollout_pb2.Group, limits: Limits) -> None:
         raise InvalidEnvelopeError("The parts must be in ascending order of kind, each kind at most once.")
     if PART_KIND_TEXT not in kinds:
         raise InvalidEnvelopeError("The text part is missing; every group needs one.")
-    stored_size = sum(len(stored) for stored in group.parts)
+    stored_size = sum(map(len, parts))
     if stored_size > limits.max_group_stored_size:
         raise PartTooLargeError(
             f"The group's parts take {stored_size} bytes; the limit is {limits.max_group_stored_size}.",

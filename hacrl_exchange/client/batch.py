@@ -24,6 +24,7 @@ from hacrl_exchange.codec import (
     model_spec_from_proto,
     pool_name,
     roster_entry_from_proto,
+    wire_size,
 )
 from hacrl_exchange.errors import CountMismatchError, DigestMismatchError, InvalidRequestError
 from hacrl_exchange.types import (
@@ -218,8 +219,8 @@ class _Download:
         return self._groups
 
     def _take(self, message: pb.StreamGroupsResponse) -> None:
-        self.wire_bytes += message.ByteSize()
         for delivered in message.groups:
+            self.wire_bytes += wire_size(delivered.group) + delivered.verdict.ByteSize()
             number = len(self._groups)
             if delivered.entry != number or number >= len(self._manifest.entries):
                 raise CountMismatchError(

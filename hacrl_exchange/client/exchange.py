@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
 from hacrl_exchange._pb import exchange_service_pb2 as pb
+from hacrl_exchange._pb import step_pb2
 from hacrl_exchange.client.agent import Agent
 from hacrl_exchange.client.batch import ALL_BUT_META, JointBatch, Part, await_manifest, joint_batch
 from hacrl_exchange.client.journal import Journal
@@ -202,18 +204,8 @@ class Exchange:
             TimeoutError: the step did not close in time.
             ExchangeError: as `Step.joint_batch`.
         """
-        manifest = await_manifest(
-            self._wire, pool=pool, step=step, caller=None, timeout_seconds=timeout_seconds
-        )
-        return joint_batch(
-            self._wire,
-            manifest,
-            pool=pool,
-            caller=None,
-            prompts=(),
-            parts=parts,
-            capability_window=self.pool(pool).spec.capability_window,
-        )
+        manifest = self._manifest(pool, step, timeout_seconds=timeout_seconds)
+        return self._batch(pool, manifest, parts, window=self.pool(pool).spec.capability_window)
 
     def follow(
         self, pool: str, start_step: int = 1, *, parts: tuple[Part, ...] = ALL_BUT_META
@@ -224,16 +216,41 @@ class Exchange:
             StepRetiredError: the step to begin or go on with is no longer kept.
             ExchangeError: as `replay`.
         """
-        step = start_step
-        while True:
-            try:
-                batch = self.replay(pool, step, parts=parts)
-            except StepNotFoundError:
-                status = self.pool(pool)
-                if 0 < status.spec.lockstep.max_steps < step:
-                    return
-                if status.last_step < step:
-                    self._wire.pause(_FOLLOW_SECONDS)
-                continue
-            yield batch
-            step += 1
+        window = self.pool(pool).spec.capability_window
+        # While one step is fetched and decoded, the broker already looks for the next.
+        ahead = ThreadPoolExecutor(1, thread_name_prefix="hacrl-follow")
+        try:
+            step = start_step
+            coming = ahead.submit(self._manifest, pool, step)
+            while True:
+                try:
+                    manifest = coming.result()
+                except StepNotFoundError:
+                    status = self.pool(pool)
+                    if 0 < status.spec.lockstep.max_steps < step:
+                        return
+                    if status.last_step < step:
+                        self._wire.pause(_FOLLOW_SECONDS)
+                    coming = ahead.submit(self._manifest, pool, step)
+                    continue
+                step += 1
+                coming = ahead.submit(self._manifest, pool, step)
+                yield self._batch(pool, manifest, parts, window=window)
+        finally:
+            ahead.shutdown(wait=False, cancel_futures=True)  # a poll under way ends by itself, or on close
+
+    def _manifest(self, pool: str, step: int, *, timeout_seconds: float | None = None) -> step_pb2.Manifest:
+        return await_manifest(self._wire, pool=pool, step=step, caller=None, timeout_seconds=timeout_seconds)
+
+    def _batch(
+        self, pool: str, manifest: step_pb2.Manifest, parts: tuple[Part, ...], *, window: int
+    ) -> JointBatch:
+        return joint_batch(
+            self._wire,
+            manifest,
+            pool=pool,
+            caller=None,
+            prompts=(),
+            parts=parts,
+            capability_window=window,
+        )

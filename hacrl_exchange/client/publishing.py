@@ -18,7 +18,7 @@ from hacrl_exchange._pb import rollout_pb2
 from hacrl_exchange.client.retry import Patience, is_passing
 from hacrl_exchange.client.views import ServerLimits
 from hacrl_exchange.client.wire import Wire
-from hacrl_exchange.codec import pool_name, receipt_from_proto
+from hacrl_exchange.codec import pool_name, receipt_from_proto, wire_size
 from hacrl_exchange.errors import (
     ExchangeError,
     InternalError,
@@ -101,7 +101,7 @@ class Publisher:
         future = self._wire.start(
             self._wire.exchange.PublishGroups, request, timeout_seconds=_PUBLISH_SECONDS
         )
-        self._wire_bytes += request.ByteSize()
+        self._wire_bytes += sum(map(wire_size, groups))
         # The answer waits until this thread has encoded the next call; its arrival does not.
         future.add_done_callback(lambda _: self._call_seconds.append(time.monotonic() - began))
         return _Flight(groups, request, future, began)
@@ -159,7 +159,7 @@ def _batches(
     size = 0
     since = 0.0
     for group in groups:
-        group_size = group.ByteSize() + 8
+        group_size = wire_size(group)
         if batch and size + group_size > max_size:
             yield batch
             batch, size = [], 0

@@ -5,13 +5,14 @@ envelopes and parts of groups; messages.py turns other messages into dataclasses
 spells names.
 """
 
-from hacrl_exchange.codec.bodies import LogprobDtype, logprob_sum_tolerance, max_decoded_size, max_text_size
+from hacrl_exchange.codec.bodies import LogprobDtype, logprob_sum_tolerance, max_decoded_size
 from hacrl_exchange.codec.groups import (
     check_stated_size,
     decode_group,
     decode_verified_group,
     encode_group,
     group_digest,
+    wire_size,
 )
 from hacrl_exchange.codec.messages import (
     duration_from_proto,
@@ -69,7 +70,6 @@ __all__ = [
     "logprob_sum_tolerance",
     "manifest_name",
     "max_decoded_size",
-    "max_text_size",
     "model_spec_from_proto",
     "model_spec_to_proto",
     "parse_agent_name",
@@ -96,4 +96,5 @@ __all__ = [
     "verdict_to_proto",
     "verifier_identity_from_proto",
     "verifier_identity_to_proto",
+    "wire_size",
 ]

@@ -78,23 +78,18 @@ def logprob_sum_tolerance(abs_sum: float, count: int, *, element_type: int) -> f
     return abs_sum * relative * 1.001 + count * absolute + abs_sum * (count + 2) * 2.0**-52
 
 
-def max_text_size(token_count: int) -> int:
-    """UTF-8 bytes at most of a response of so many tokens; the longest known tokens stay well below."""
-    return _TEXT_BYTES_PER_TOKEN * max(token_count, 0) + _TEXT_BYTES_FREE
-
-
-def max_decoded_size(info: pb.PartInfo, envelope: pb.Envelope) -> int:
-    """The largest size in bytes that a part can legally decode to, by the counts that the envelope states.
+def max_decoded_size(info: pb.PartInfo, counts: Sequence[int]) -> int:
+    """The largest size in bytes that a part can legally decode to, by the token counts of its rollouts.
 
     A few stored kilobytes can claim to be gigabytes; nothing needs to be decoded to know that they lie. A
     part of unknown kind gets 0: it is skipped, not decoded.
     """
-    counts = [max(rollout.token_count, 0) for rollout in envelope.rollouts]
-    if info.kind == pb.PART_KIND_TEXT:
-        return sum(max_text_size(count) + _TEXT_FRAMING for count in counts)
-    if info.kind in (pb.PART_KIND_TOKENS, pb.PART_KIND_LOGPROBS):
+    kind = info.kind
+    if kind == pb.PART_KIND_TEXT:
+        return _TEXT_BYTES_PER_TOKEN * sum(counts) + (_TEXT_BYTES_FREE + _TEXT_FRAMING) * len(counts)
+    if kind in (pb.PART_KIND_TOKENS, pb.PART_KIND_LOGPROBS):
         return sum(counts) * _DTYPES.get(info.element_type, _U32).itemsize
-    return MAX_META_SIZE if info.kind == pb.PART_KIND_META else 0
+    return MAX_META_SIZE if kind == pb.PART_KIND_META else 0
 
 
 # --- encoding --------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from hacrl_exchange.types import (
     PolicyVersion,
     Rollout,
     SamplingParameters,
+    Slot,
     VerifiedGroup,
 )
 
@@ -132,20 +133,25 @@ def decode_group(group: pb.Group, *, max_decoded: int = MAX_DECODED_SIZE) -> Gro
         ExchangeError: as `decode_part`; or a part does not hold what the envelope states, the name is
             malformed, or an enum is newer than this version.
     """
+    return _decode(group, parse_group_name(group.name)[1], max_decoded)
+
+
+def _decode(group: pb.Group, slot: Slot, max_decoded: int) -> Group:
     envelope = group.envelope
-    bodies = _decoded_parts(group, max_decoded)
-    texts = texts_of(bodies.get(pb.PART_KIND_TEXT), len(envelope.rollouts))
-    ends = list(accumulate(stated.token_count for stated in envelope.rollouts))
+    counts = [stated.token_count for stated in envelope.rollouts]
+    bodies = _decoded_parts(group, counts, max_decoded)
+    texts = texts_of(bodies.get(pb.PART_KIND_TEXT), len(counts))
+    ends = list(accumulate(counts))
     tokens = numbers_of(bodies.get(pb.PART_KIND_TOKENS), ends)
     logprobs = numbers_of(bodies.get(pb.PART_KIND_LOGPROBS), ends)
-    metadata = metadata_of(bodies.get(pb.PART_KIND_META), len(envelope.rollouts))
+    metadata = metadata_of(bodies.get(pb.PART_KIND_META), len(counts))
     rollouts = []
     for index, stated in enumerate(envelope.rollouts):
-        part = slice(ends[index] - stated.token_count, ends[index])
+        part = slice(ends[index] - counts[index], ends[index])
         rollouts.append(
             Rollout(
                 text=texts[index],
-                token_count=stated.token_count,
+                token_count=counts[index],
                 logprob_sum=stated.logprob_sum,
                 finish_reason=enum_from_proto(FinishReason, stated.finish_reason),
                 terminal_only=stated.terminal_only,
@@ -156,7 +162,7 @@ def decode_group(group: pb.Group, *, max_decoded: int = MAX_DECODED_SIZE) -> Gro
         )
     sampling = envelope.sampling
     return Group(
-        prompt_id=parse_group_name(group.name)[1].prompt_id,
+        prompt_id=slot.prompt_id,
         rollouts=tuple(rollouts),
         tokenizer_fingerprint=envelope.tokenizer_fingerprint,
         policy_start=PolicyVersion(envelope.policy_start.session, envelope.policy_start.updates),
@@ -174,7 +180,8 @@ def decode_verified_group(
     Raises:
         ExchangeError: as `decode_group`; CountMismatchError if there is not one verdict per rollout.
     """
-    group = decode_group(delivered.group, max_decoded=max_decoded)
+    slot = parse_group_name(delivered.group.name)[1]
+    group = _decode(delivered.group, slot, max_decoded)
     verdict: verdict_pb2.GroupVerdict = delivered.verdict
     if len(verdict.verdicts) != len(group.rollouts):
         raise CountMismatchError(
@@ -183,13 +190,27 @@ def decode_verified_group(
             group=delivered.group.name,
         )
     return VerifiedGroup(
-        agent=parse_group_name(delivered.group.name)[1].agent,
+        agent=slot.agent,
         group=group,
         digest=group_digest(delivered.group.envelope),
         generation=verdict.generation,
         verifier=verifier_identity_from_proto(verdict.verifier) if verdict.HasField("verifier") else None,
         verdicts=tuple(verdict_from_proto(one) for one in verdict.verdicts),
     )
+
+
+def wire_size(group: pb.Group) -> int:
+    """Bytes of a group within a message, exactly. `ByteSize` would serialize the whole group to know."""
+    kinds = len(group.part_kinds)
+    sizes = [len(group.name.encode()), group.envelope.ByteSize(), *map(len, group.parts)]
+    size = sum(1 + _varint_size(one) + one for one in sizes) + (
+        1 + _varint_size(kinds) + kinds if kinds else 0
+    )
+    return 1 + _varint_size(size) + size
+
+
+def _varint_size(value: int) -> int:
+    return max(1, (value.bit_length() + 6) // 7)
 
 
 # --- encoding --------------------------------------------------------------------------------------
@@ -233,7 +254,9 @@ def _all_have(field: str, values: Sequence[object]) -> bool:
 # --- decoding --------------------------------------------------------------------------------------
 
 
-def _decoded_parts(group: pb.Group, max_decoded: int) -> dict[int, tuple[pb.PartInfo, bytes]]:
+def _decoded_parts(
+    group: pb.Group, counts: Sequence[int], max_decoded: int
+) -> dict[int, tuple[pb.PartInfo, bytes]]:
     infos = {info.kind: info for info in group.envelope.parts}
     # Without part_kinds, as on publishing, every part is there; a delivery may also be of none at all.
     all_kinds = [info.kind for info in group.envelope.parts]
@@ -246,19 +269,19 @@ def _decoded_parts(group: pb.Group, max_decoded: int) -> dict[int, tuple[pb.Part
     bodies = {}
     for kind, stored in zip(kinds, group.parts, strict=True):
         if kind in _KNOWN_KINDS:  # a newer kind is skipped
-            check_stated_size(infos[kind], group.envelope)
+            check_stated_size(infos[kind], counts)
             bodies[int(kind)] = (infos[kind], decode_part(infos[kind], stored, max_decoded=max_decoded))
     return bodies
 
 
-def check_stated_size(info: pb.PartInfo, envelope: pb.Envelope) -> None:
-    """Refuses a part that states more than its envelope's counts allow, before it takes the memory.
+def check_stated_size(info: pb.PartInfo, counts: Sequence[int]) -> None:
+    """Refuses a part that states more than its rollouts' token counts allow, before it takes the memory.
 
     Raises:
         CountMismatchError: token ids or log-probs for more tokens than stated.
         PartTooLargeError: text or metadata beyond what so many tokens can be.
     """
-    limit = max_decoded_size(info, envelope)
+    limit = max_decoded_size(info, counts)
     if info.decoded_size <= limit:
         return
     numeric = info.kind in (pb.PART_KIND_TOKENS, pb.PART_KIND_LOGPROBS)

@@ -344,14 +344,23 @@ def test_a_part_beyond_what_its_counts_allow_is_refused_before_it_is_decoded(
         codec.decode_group(message)
 
 
-def test_a_text_has_64_bytes_a_token_and_1024_more() -> None:
-    envelope = pb.Envelope(rollouts=[pb.RolloutInfo(token_count=3), pb.RolloutInfo(token_count=-1)])
-
-    assert codec.max_text_size(3) == 3 * 256 + 1024
-    largest = pb.TextBody(rollouts=[pb.RolloutText(text="x" * codec.max_text_size(n)) for n in (3, -1)])
+def test_a_text_has_256_bytes_a_token_and_1024_more() -> None:
+    counts = [3, 1]
+    largest = pb.TextBody(rollouts=[pb.RolloutText(text="x" * (256 * count + 1024)) for count in counts])
     info = pb.PartInfo(kind=pb.PART_KIND_TEXT)
-    assert 0 <= codec.max_decoded_size(info, envelope) - largest.ByteSize() < 24
-    assert codec.max_decoded_size(pb.PartInfo(), envelope) == 0
+    assert 0 <= codec.max_decoded_size(info, counts) - largest.ByteSize() < 24
+    assert codec.max_decoded_size(pb.PartInfo(), counts) == 0
+
+
+def test_the_size_on_the_wire_is_exact_without_serializing() -> None:
+    for size in (1, 50, 5000):
+        rollout = make_rollout("x" * size, 3)
+        group = codec.encode_group(make_group(*[rollout] * 8), name="pools/p/steps/1/prompts/q/agents/a")
+        for part_kinds in ([], [pb.PART_KIND_TEXT, pb.PART_KIND_META]):
+            group.ClearField("part_kinds")
+            group.part_kinds.extend(part_kinds)
+            request = exchange_service_pb2.PublishGroupsRequest(groups=[group, group])
+            assert 2 * codec.wire_size(group) == request.ByteSize()
 
 
 def test_empty_texts_are_counted_before_they_are_parsed(monkeypatch: pytest.MonkeyPatch) -> None:

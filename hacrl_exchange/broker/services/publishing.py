@@ -150,14 +150,15 @@ def _put(
 
 
 def _cost(request: pb.PublishGroupsRequest, *, max_part: int) -> int:
-    """What checking the call may allocate: its bodies as sent or, if larger, as they claim to be.
+    """What checking the call may allocate beyond its own size: its bodies as large as they claim to be.
 
     A part that claims more than one may is refused alone, before it is decoded.
     """
     return sum(
-        max(len(stored), info.decoded_size if info.decoded_size <= max_part else 0)
+        info.decoded_size
         for group in request.groups
-        for stored, info in zip(group.parts, group.envelope.parts, strict=False)
+        for info in group.envelope.parts
+        if 0 < info.decoded_size <= max_part
     )
 
 
