@@ -243,6 +243,7 @@ def main() -> None:
     def answer(value: dict[str, Any]) -> None:
         print(json.dumps(value), flush=True)
 
+    gc.freeze()  # what is imported by now stays
     with closing(sys.stdin) as lines:
         serve(iter(lines), answer=answer)
 
