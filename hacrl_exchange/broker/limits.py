@@ -15,6 +15,8 @@ class Limits:
     """Largest message in either direction."""
     delivery_message_size: int = MIB // 2
     """A delivery stream starts a new message at this size."""
+    lease_message_size: int = 4 * MIB
+    """A lease carries no further group from this size on; the others wait for the next one."""
     max_groups_per_publish: int = 64
     max_group_stored_size: int = 4 * MIB
     max_part_decoded_size: int = 32 * MIB

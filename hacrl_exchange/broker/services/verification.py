@@ -227,7 +227,7 @@ class VerificationService(verification_service_pb2_grpc.VerificationServiceServi
                 for info in leased.envelope.parts
                 if info.kind in leased.part_kinds
             )
-            if number and size > self._broker.limits.delivery_message_size:
+            if number and size > self._broker.limits.lease_message_size:
                 rest = [other for other, _ in work.groups[number:]]
                 self._broker.desk.put_back(rest, lease_id=work.lease_id)
                 break
